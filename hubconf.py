@@ -1,0 +1,95 @@
+"""torch.hub entry points. `pretrained` is for all of them:
+
+True: the published weights ("visa" where there are two); "visa" or "mvtec": the authors' checkpoints;
+SOURCE: whatever `VisualAD.from_pretrained` takes; False: nothing is downloaded, all is random.
+Further keywords go to `VisualAD.from_pretrained`. Each returns a `VisualAD`: predict(images), forward(images).
+"""
+
+from visualad import BACKBONES as _BACKBONES
+from visualad import VisualAD as _VisualAD
+
+dependencies = ["torch", "safetensors", "huggingface_hub", "numpy"]
+
+
+def _build(backbone, pretrained, kwargs):
+    if pretrained is False:
+        return _VisualAD(backbone)
+    source = "visa" if pretrained is True and backbone == "clip-vit-l14-336" else pretrained
+    if backbone == "clip-vit-l14-336" and source in ("visa", "mvtec"):
+        source = f"clip-vit-l14-336-{source}"
+    elif backbone == "tiny" and source is True:
+        source = "tiny"
+    elif source in (True, "visa", "mvtec"):
+        raise ValueError(
+            f"nobody has published VisualAD weights for {backbone}: train them with train.py and pass their "
+            "folder or Hugging Face repo as pretrained, or pass pretrained=False"
+        )
+    model = _VisualAD.from_pretrained(source, **kwargs)
+    if model.backbone.cfg != _BACKBONES[backbone]:
+        raise ValueError(f"{source} was not trained on {backbone}, the backbone of this entry point")
+    return model
+
+
+def visualad_tiny(pretrained=True, **kwargs):
+    """The bundled 5 MB model, trained on procedural images alone: 160 px, for a first look and for tests."""
+    return _build("tiny", pretrained, kwargs)
+
+
+def visualad_clip_vitl14_336(pretrained=True, **kwargs):
+    """CLIP ViT-L/14@336px at 518 px, the paper's model; pretrained: True or "visa", "mvtec", a source, False."""
+    return _build("clip-vit-l14-336", pretrained, kwargs)
+
+
+def visualad_clip_vitl14(pretrained=True, **kwargs):
+    """CLIP ViT-L/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
+    return _build("clip-vit-l14", pretrained, kwargs)
+
+
+def visualad_clip_vitb16(pretrained=True, **kwargs):
+    """CLIP ViT-B/16 at 512 px; no published weights: pretrained is a source of yours, or False."""
+    return _build("clip-vit-b16", pretrained, kwargs)
+
+
+def visualad_clip_vitb32(pretrained=True, **kwargs):
+    """CLIP ViT-B/32 at 512 px; no published weights: pretrained is a source of yours, or False."""
+    return _build("clip-vit-b32", pretrained, kwargs)
+
+
+def visualad_dinov2_vits14(pretrained=True, **kwargs):
+    """DINOv2 ViT-S/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
+    return _build("dinov2-vit-s14", pretrained, kwargs)
+
+
+def visualad_dinov2_vitb14(pretrained=True, **kwargs):
+    """DINOv2 ViT-B/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
+    return _build("dinov2-vit-b14", pretrained, kwargs)
+
+
+def visualad_dinov2_vitl14(pretrained=True, **kwargs):
+    """DINOv2 ViT-L/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
+    return _build("dinov2-vit-l14", pretrained, kwargs)
+
+
+def visualad_dinov2_vitg14(pretrained=True, **kwargs):
+    """DINOv2 ViT-g/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
+    return _build("dinov2-vit-g14", pretrained, kwargs)
+
+
+def visualad_dinov2_vits14_reg(pretrained=True, **kwargs):
+    """DINOv2 ViT-S/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
+    return _build("dinov2-vit-s14-reg", pretrained, kwargs)
+
+
+def visualad_dinov2_vitb14_reg(pretrained=True, **kwargs):
+    """DINOv2 ViT-B/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
+    return _build("dinov2-vit-b14-reg", pretrained, kwargs)
+
+
+def visualad_dinov2_vitl14_reg(pretrained=True, **kwargs):
+    """DINOv2 ViT-L/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
+    return _build("dinov2-vit-l14-reg", pretrained, kwargs)
+
+
+def visualad_dinov2_vitg14_reg(pretrained=True, **kwargs):
+    """DINOv2 ViT-g/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
+    return _build("dinov2-vit-g14-reg", pretrained, kwargs)

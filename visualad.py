@@ -1,0 +1,1107 @@
+"""VisualAD in one file: zero-shot visual anomaly detection with two learned tokens in a frozen ViT.
+
+    model = VisualAD.from_pretrained("tiny")       # or a Hugging Face repo, a folder, a file
+    result = model.predict("photo.jpg")            # result.score, result.map [H, W], result.anomalous
+    out = model(images)                            # images [B, 3, H, W], RGB in [0, 1] -> out.map, out.score
+
+Paper: Hou et al., "VisualAD: Language-Free Zero-Shot Anomaly Detection via Vision Transformer", CVPR 2026,
+arXiv:2603.07952. Where the paper and the authors' program differ, this file does what the program does.
+
+ 1 backbones as data   2 the frozen ViT   3 SCA and SAF   4 VisualAD   5 scoring     (the method: torch only)
+ 6 weights and checkpoints   7 images in, predictions out   8 command line           (may be cut off)
+
+ B images   H W pixels   h w patch rows, columns   N = h * w patches   D width   K anchors   L tapped layers
+ S = P + N sequence, P prefix tokens [t_a, t_n, cls, registers]; layers are counted from 1, as in the paper
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from http.client import HTTPException
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Layers = tuple[int, ...] | None
+Weights = str | os.PathLike | Mapping[str, Any]  # a file or folder, or a state dict
+
+
+# --- 1. backbones as data --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Backbone:
+    """What tells one vision transformer from another. The defaults are DINOv2's."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    grid: int  # positions were trained on grid x grid patches
+    registers: int = 0
+    hidden: int | None = None  # of the MLP; None: 4 * width
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    eps: float = 1e-6  # of every LayerNorm
+    pre_norm: bool = False  # a norm before the first block
+    patch_bias: bool = True
+    layer_scale: bool = True
+    stem: tuple[int, ...] = ()  # widths of stride-2 convolutions before the patch projection
+    resample: str = "bicubic"  # of positions to another grid: bilinear, bicubic or bicubic-antialias
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_size: int = 518  # network input in pixels, rounded down to a multiple of the patch
+    layers: tuple[int, ...] = ()  # tapped blocks; (): at each quarter of the depth
+    repo: str | None = None  # on Hugging Face; None: hosted nowhere
+    file: str = "model.safetensors"
+
+    def __post_init__(self) -> None:
+        quarters = sorted({math.ceil(self.depth * i / 4) for i in (1, 2, 3, 4)})
+        object.__setattr__(self, "layers", tuple(self.layers or quarters))
+
+    @classmethod
+    def from_weights(cls, state: dict[str, Tensor], **overrides: Any) -> Backbone:
+        """An unlisted checkpoint's sizes and kind, read off its tensors (heads = width / 64); what they don't
+        tell (activation, mean, std, input size) is the family's default or an override. Raises ValueError."""
+        return cls(**{**read_sizes(backbone_state(state)), **overrides})
+
+
+CLIP = dict(
+    activation="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False, layer_scale=False,
+    resample="bilinear", mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+)  # fmt: skip
+BACKBONES = {
+    "tiny": Backbone(128, 4, 2, 8, 20, stem=(48, 96), layer_scale=False, image_size=160, layers=(2, 4)),
+    "clip-vit-b32": Backbone(768, 12, 12, 32, 7, **CLIP, repo="openai/clip-vit-base-patch32"),
+    "clip-vit-b16": Backbone(768, 12, 12, 16, 14, **CLIP, repo="openai/clip-vit-base-patch16"),
+    "clip-vit-l14": Backbone(1024, 24, 16, 14, 16, **CLIP, repo="openai/clip-vit-large-patch14"),
+    "clip-vit-l14-336": Backbone(1024, 24, 16, 14, 24, **CLIP, file="open_clip_model.safetensors",
+                                 repo="timm/vit_large_patch14_clip_336.openai"),
+}  # fmt: skip
+for _size, _width, _depth in ("small", 384, 12), ("base", 768, 12), ("large", 1024, 24), ("giant", 1536, 40):
+    _mlp = dict(activation="swiglu", hidden=4096) if _size == "giant" else {}
+    _dino = dict(width=_width, depth=_depth, heads=_width // 64, patch=14, grid=37, **_mlp)
+    _reg = dict(registers=4, resample="bicubic-antialias", repo=f"facebook/dinov2-with-registers-{_size}")
+    BACKBONES[f"dinov2-vit-{_size[0]}14"] = Backbone(**_dino, repo=f"facebook/dinov2-{_size}")
+    BACKBONES[f"dinov2-vit-{_size[0]}14-reg"] = Backbone(**_dino, **_reg)
+
+
+# --- 2. the frozen ViT -----------------------------------------------------------------------------------
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "swiglu": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+}
+
+
+def resample(table: Tensor, size: tuple[int, int], mode: str) -> Tensor:  # [g, g, D] -> [h * w, D]
+    """A table of positions read at another grid; on its own grid it stays as it is."""
+    if table.shape[:2] != size:
+        mode, _, antialias = mode.partition("-")
+        x = F.interpolate(table.float().permute(2, 0, 1)[None], size, mode=mode, antialias=bool(antialias))
+        table = x[0].permute(1, 2, 0).to(table.dtype)
+    return table.flatten(0, 1)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: Backbone):
+        super().__init__()
+        D, hidden = cfg.width, cfg.hidden or 4 * cfg.width
+        self.heads, self.activation = cfg.heads, ACTIVATIONS[cfg.activation]
+        self.norm1, self.norm2 = nn.LayerNorm(D, cfg.eps), nn.LayerNorm(D, cfg.eps)
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.fc1, self.fc2 = nn.Linear(D, hidden * (1 + (cfg.activation == "swiglu"))), nn.Linear(hidden, D)
+        self.ls1, self.ls2 = (nn.Parameter(torch.ones(D)) if cfg.layer_scale else None for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + (y if self.ls1 is None else self.ls1 * y)
+        y = self.fc2(self.activation(self.fc1(self.norm2(x))))
+        return x + (y if self.ls2 is None else self.ls2 * y)
+
+
+class ViT(nn.Module):
+    """The plain vision transformer behind every `Backbone`."""
+
+    def __init__(self, cfg: Backbone):
+        super().__init__()
+        self.cfg, stem, channels = cfg, [], 3
+        for width in cfg.stem:
+            # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.
+            stem += [nn.Conv2d(channels, width, 3, 2, 1), nn.InstanceNorm2d(width, affine=True), nn.GELU()]
+            channels = width
+        self.stem, side = nn.Sequential(*stem), cfg.patch // 2 ** len(cfg.stem)
+        self.patch_embed = nn.Conv2d(channels, cfg.width, side, side, bias=cfg.patch_bias)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + cfg.grid**2, cfg.width))
+        self.register_tokens = nn.Parameter(0.02 * torch.randn(1, cfg.registers, cfg.width))
+        self.norm_pre = nn.LayerNorm(cfg.width, cfg.eps) if cfg.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.width, cfg.eps)
+
+    def forward(
+        self, x: Tensor, guests: Tensor | None = None, layers: Layers = None, norm: nn.Module | None = None
+    ) -> dict[int, Tensor]:
+        """Normalised images [B, 3, H, W] -> {layer: [B, S, D]} for the asked layers (None: its taps) and
+        always the last, after the backbone's own final norm (or `norm`). guests [G, D] ride before the
+        class token and share its position; without them this is the plain ViT."""
+        cfg, norm = self.cfg, norm or self.norm
+        layers = check_layers(cfg.layers if layers is None else layers, cfg.depth)
+        h, w = x.shape[-2] // cfg.patch, x.shape[-1] // cfg.patch
+        cls, cls_position, positions = self.cls_token[0], self.pos_embed[0, :1], self.pos_embed[0, 1:]
+        positions = resample(positions.unflatten(0, (cfg.grid, cfg.grid)), (h, w), cfg.resample)  # [N, D]
+        prefix = cls if guests is None else torch.cat([guests.to(cls.dtype), cls])
+        prefix = torch.cat([prefix + cls_position, self.register_tokens[0]])  # [P, D]; registers: no position
+        x = self.patch_embed(self.stem(x.to(prefix.dtype))).flatten(2).mT + positions  # [B, N, D]
+        z, out = self.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)), {}  # [B, S, D]
+        for layer, block in enumerate(self.blocks, 1):
+            z = block(z)
+            if layer in layers or layer == cfg.depth:
+                out[layer] = norm(z.to(norm.weight.dtype))
+        return out
+
+
+# --- 3. SCA and SAF --------------------------------------------------------------------------------------
+class SCA(nn.Module):
+    """Spatial-aware cross-attention: anchors look the patches over, a token takes what its gate lets in."""
+
+    def __init__(self, width: int, anchors: int, grid: int, dropout: float = 0.1):
+        super().__init__()
+        self.anchors = nn.Parameter(0.02 * torch.randn(anchors, width))
+        self.pos = nn.Parameter(0.02 * torch.randn(grid, grid, width))
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.norm_q, self.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.gate, self.out = nn.Linear(width, anchors), nn.Linear(width, width)
+        self.alpha = nn.Parameter(torch.tensor([0.01]))
+        self.dropout = nn.Dropout(dropout)
+        for linear in (self.q, self.k, self.v, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens: Tensor, patches: Tensor, size: tuple[int, int]) -> Tensor:
+        """tokens [B, 2, D], patches [B, N, D], size (h, w) -> sharpened tokens [B, 2, D]."""
+        q = self.norm_q(self.q(self.anchors))  # [K, D]
+        k = self.norm_k(self.k(patches + resample(self.pos, size, "bilinear")))  # [B, N, D]
+        attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # [B, K, N]: no token in it, but
+        attention = self.dropout(attention.repeat(1, 2, 1))  # [B, 2K, N]: each of the two drops its own
+        # The program makes values of all N patches, then averages; averaging first is the same sum for less.
+        u = self.v(attention @ patches).unflatten(1, (2, -1))  # [B, 2, K, D]
+        gate = self.gate(tokens).sigmoid()  # [B, 2, K]
+        return tokens + self.alpha * self.dropout(self.out((gate[..., None] * u).sum(dim=2)))
+
+
+class SAF(nn.Module):
+    """The MLP that realigns frozen patches with the learned tokens: no residual, no norm."""
+
+    def __init__(self, width: int, dropout: float = 0.1):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        for linear in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, patches: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(patches)))))
+
+
+# --- 4. VisualAD -----------------------------------------------------------------------------------------
+class Output(NamedTuple):
+    """Of `VisualAD.forward`. Map values lie in [-2L, 2L]; 0: as close to one token as to the other."""
+
+    map: Tensor  # [B, H, W], the sum of layer_maps, not smoothed
+    score: Tensor  # [B], mean of the brightest 1 % of the map
+    layer_maps: Tensor  # [B, L, H, W]
+    tokens: Tensor  # [B, 2, D], anomaly and normal, after the last layer's SCA
+
+
+class VisualAD(nn.Module):
+    """Two learned tokens in a frozen ViT, one SCA and one SAF per tapped layer; random until loaded.
+    backbone: a name in `BACKBONES` or a `Backbone`. layers: the tapped blocks; None: the backbone's own.
+    image_size: side in pixels that SCA learns positions at, a multiple of the patch; None: the backbone's."""
+
+    def __init__(
+        self, backbone: str | Backbone, layers: Layers = None, anchors: int = 4, image_size: int | None = None
+    ):
+        super().__init__()
+        if isinstance(backbone, str) and backbone not in BACKBONES:
+            raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}")
+        cfg = BACKBONES[backbone] if isinstance(backbone, str) else backbone
+        self.layers, self.anchors = check_layers(cfg.layers if layers is None else layers, cfg.depth), anchors
+        self.image_size = cfg.image_size // cfg.patch * cfg.patch if image_size is None else image_size
+        check_size((self.image_size, self.image_size), cfg.patch)
+        self.backbone = ViT(cfg).requires_grad_(False)
+        self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # the TRAINED final norm; the backbone keeps its own
+        self.tokens = nn.Parameter(0.1 / math.sqrt(cfg.width) * torch.randn(2, cfg.width))  # anomaly, normal
+        grid = self.image_size // cfg.patch
+        self.sca = nn.ModuleDict({str(layer): SCA(cfg.width, anchors, grid) for layer in self.layers})
+        self.saf = nn.ModuleDict({str(layer): SAF(cfg.width) for layer in self.layers})
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(cfg, name)).view(3, 1, 1), persistent=False)
+
+    def patch_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """RGB [B, 3, H, W] in [0, 1] -> maps on the patch grid [B, L, h, w], last SCA's tokens [B, 2, D]."""
+        cfg = self.backbone.cfg
+        h, w = images.shape[-2] // cfg.patch, images.shape[-1] // cfg.patch
+        z = self.backbone((images - self.mean) / self.std, self.tokens, self.layers, self.norm)
+        maps = []
+        for layer in self.layers:
+            p = z[layer][:, -h * w :]  # [B, N, D]
+            t = self.sca[str(layer)](z[cfg.depth][:, :2], p, (h, w))  # [B, 2, D]: the last block's t_a, t_n
+            p = self.saf[str(layer)](p)
+            cosine = F.normalize(p, dim=-1) @ F.normalize(t, dim=-1).mT  # [B, N, 2]
+            maps.append((cosine[..., 0] - cosine[..., 1]).unflatten(1, (h, w)))
+        return torch.stack(maps, dim=1), t
+
+    def forward(self, images: Tensor) -> Output:
+        """RGB [B, 3, H, W] in [0, 1], H and W multiples of the patch -> `Output`, map not smoothed. Raises
+        ValueError for another shape or dtype; values are not looked at: that would stall the device."""
+        check_images(images, self.backbone.cfg.patch)
+        maps, tokens = self.patch_maps(images)
+        layer_maps = upsample(maps, images.shape[-2:])
+        fused = layer_maps.sum(dim=1)
+        return Output(fused, image_score(fused), layer_maps, tokens)
+
+    @torch.no_grad()
+    def infer(self, images: Tensor, sigma: float = 4.0) -> tuple[Tensor, Tensor]:
+        """The test-time path, no dropout: images as for `forward` -> smoothed map [B, H, W], score [B].
+        sigma: of the Gaussian, in pixels of the input. Raises ValueError as `forward` and for a bad sigma."""
+        check_images(images, self.backbone.cfg.patch)
+        training = self.training
+        try:
+            maps, _ = self.eval().patch_maps(images)
+        finally:
+            self.train(training)
+        # Sum and bilinear resampling are linear: upsampling the summed small map gives forward's map.
+        fused = smooth(upsample(maps.sum(dim=1, keepdim=True), images.shape[-2:])[:, 0], sigma)
+        return fused, image_score(fused)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Exactly what training changes and saving keeps: tokens, final norm, SCA and SAF."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+
+
+def check_layers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    if not layers or min(layers) < 1 or max(layers) > depth:
+        raise ValueError(f"tapped layers must lie in 1..{depth}, got {list(layers)}")
+    return tuple(sorted(set(layers)))
+
+
+def check_size(size: Sequence[int], patch: int) -> None:
+    for side in size:
+        low = max(side // patch, 1) * patch
+        if side != low:
+            raise ValueError(f"sides must be multiples of {patch} px, got {side}; near: {low}, {low + patch}")
+
+
+def check_images(images: Tensor, patch: int) -> None:
+    shape = list(getattr(images, "shape", ()))
+    if not isinstance(images, Tensor) or not images.is_floating_point() or len(shape) != 4 or shape[1] != 3:
+        got = getattr(images, "dtype", type(images).__name__)
+        raise ValueError(f"images must be a float tensor [B, 3, H, W], RGB in [0, 1]; got {got} {shape}")
+    check_size(shape[2:], patch)
+
+
+# --- 5. scoring ------------------------------------------------------------------------------------------
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:  # [B, L, h, w] -> [B, L, H, W]
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+
+
+def image_score(maps: Tensor) -> Tensor:  # [B, H, W] -> [B]
+    """Mean of the brightest 1 % of each map's pixels."""
+    k = -(-maps.shape[-2] * maps.shape[-1] // 100)  # rounded up, in integers: 0.01 is no float
+    return maps.flatten(1).topk(k, sorted=False).values.mean(dim=1)
+
+
+def smooth(maps: Tensor, sigma: float) -> Tensor:  # [B, H, W] -> [B, H, W]
+    """Gaussian of sigma pixels, as scipy.ndimage.gaussian_filter with its defaults; 0: none."""
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be a finite number of pixels >= 0, got {sigma}")
+    if sigma == 0:
+        return maps
+    offsets = torch.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
+    weights = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
+    blur = []  # for the rows, then for the columns: the Gaussian on n pixels as a matrix [n, n]
+    for n in maps.shape[-2:]:
+        pixel = (torch.arange(n)[:, None] + offsets) % (2 * n)
+        pixel = torch.minimum(pixel, 2 * n - 1 - pixel)  # scipy's 'reflect' repeats the border pixel
+        matrix = torch.zeros(n, n, dtype=torch.float64)
+        blur.append(matrix.scatter_add_(1, pixel, (weights / weights.sum()).expand(n, -1)).to(maps))
+    return blur[0] @ maps @ blur[1].mT
+
+
+# --- 6. weights and checkpoints --------------------------------------------------------------------------
+OFFICIAL = (
+    "https://media.githubusercontent.com/media/7HHHHH/VisualAD/8479132d641456345019aed1c8bb6b2d11941068"
+)
+PRETRAINED = {  # name -> path and sha256 of the authors' checkpoint; None: bundled with this file
+    "tiny": None,
+    "clip-vit-l14-336-visa": (
+        "weight/train_on_visa/CLIP.pth", "fed8ed5e0973e9adb53a2c91e066eb5ba3f9a42fbf80f115a26998629d1f0a5b"),
+    "clip-vit-l14-336-mvtec": (
+        "weight/train_on_mvtec/CLIP.pth", "596f3ed0c0cfe78a314b41fc42a8adfc26b86ab1928f058ce256135cb407b32c"),
+}  # fmt: skip
+OFFICIAL_BACKBONES = {
+    "ViT-B/32": "clip-vit-b32", "ViT-B/16": "clip-vit-b16",
+    "ViT-L/14": "clip-vit-l14", "ViT-L/14@336px": "clip-vit-l14-336",
+}  # fmt: skip
+
+# Tensor names: (pattern, ours), full match, the first row wins; None drops on purpose. One table reads OpenAI
+# and open_clip ("visual."), Hugging Face CLIP and DINOv2, DINOv2's release, timm, and our own.
+HF = r"(?:vision_model\.)?"
+BLOCK = rf"(?:visual\.transformer\.resblocks|{HF}encoder\.layers?|blocks)\.(\d+)\."
+BACKBONE_NAMES = [
+    (rf"(?:visual\.|{HF}embeddings\.)class_embedding|(?:embeddings\.)?cls_token", "cls_token"),
+    (rf"visual\.positional_embedding|{HF}embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"embeddings\.position_embeddings|pos_embed", "pos_embed"),
+    (r"(?:embeddings\.)?register_tokens|reg_token", "register_tokens"),
+    (r"(?:visual\.conv1|patch_embed(?:\.proj)?)\.(weight|bias)", r"patch_embed.\1"),
+    (rf"{HF}embeddings\.patch_embedding(?:s\.projection)?\.(weight|bias)", r"patch_embed.\1"),
+    (rf"(?:visual\.ln_pre|{HF}pre_layrnorm|norm_pre)\.(.*)", r"norm_pre.\1"),
+    (rf"(?:visual\.ln_post|{HF}post_layernorm|layernorm|norm)\.(.*)", r"norm.\1"),
+    (BLOCK + r"(?:ln_|layer_norm|norm)([12])\.(.*)", r"blocks.\1.norm\2.\3"),
+    (BLOCK + r"(?:attn\.in_proj_|(?:attn\.)?qkv\.)(weight|bias)", r"blocks.\1.qkv.\2"),
+    (BLOCK + r"(?:self_attn|attention)\.([qkv])_proj\.(.*)", r"blocks.\1.qkv.\2.\3"),
+    (BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.(.*)", r"blocks.\1.qkv.\2.\3"),
+    (BLOCK + r"(?:(?:self_)?attn\.(?:out_)?proj|proj)\.(.*)", r"blocks.\1.proj.\2"),
+    (BLOCK + r"attention\.(?:o_proj|output\.dense)\.(.*)", r"blocks.\1.proj.\2"),
+    (BLOCK + r"(?:mlp\.)?(?:c_fc|fc1|w12|weights_in)\.(.*)", r"blocks.\1.fc1.\2"),
+    (BLOCK + r"mlp\.(gate|up)_proj\.(.*)", r"blocks.\1.fc1.\2.\3"),
+    (BLOCK + r"(?:mlp\.)?(?:c_proj|fc2|w3|weights_out|down_proj)\.(.*)", r"blocks.\1.fc2.\2"),
+    (BLOCK + r"(?:ls|layer_scale)([12])(?:\.gamma|\.lambda1)?", r"blocks.\1.ls\2"),
+    (r"(stem\..*)", r"\1"),
+    (r"visual\.proj|visual_projection\..*|head\..*|(?:embeddings\.)?mask_token|(?:.*\.)?position_ids", None),
+    (r"transformer\.resblocks\..*|positional_embedding|token_embedding\.weight|ln_final\..*|attn_mask", None),
+    (r"text_model\..*|text_projection(?:\..*)?|logit_(?:scale|bias)", None),
+    (r"input_resolution|context_length|vocab_size", None),
+]
+PARTS = {"q": "qkv", "gate": ("gate", "up")}  # the first part of what some families split -> all, in order
+SCA_NAME, SAF_NAME = r"cross_attn\.layer_attentions\.layer_(\d+)\.", r"layer_transforms\.layer_(\d+)\.mlp\."
+OFFICIAL_NAMES = [
+    (r"(anomaly|normal)_token", r"tokens.\1"),
+    (r"ln_post_(weight|bias)", r"norm.\1"),
+    (SAF_NAME + r"0\.(.*)", r"saf.\1.fc1.\2"),
+    (SAF_NAME + r"3\.(.*)", r"saf.\1.fc2.\2"),
+    (SCA_NAME + r"anchor_queries", r"sca.\1.anchors"),
+    (SCA_NAME + r"pos_encoding", r"sca.\1.pos"),
+    (SCA_NAME + r"res_scale", r"sca.\1.alpha"),
+    (SCA_NAME + r"([qkv])_proj\.(.*)", r"sca.\1.\2.\3"),
+    (SCA_NAME + r"([qk])_norm\.(.*)", r"sca.\1.norm_\2.\3"),
+    (SCA_NAME + r"gate\.0\.(.*)", r"sca.\1.gate.\2"),
+    (SCA_NAME + r"out_proj\.(.*)", r"sca.\1.out.\2"),
+]
+
+
+def rename(state: Mapping[str, Any], table: list, what: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a nested state, fp32, under the table's names; what is no tensor is metadata: ignored.
+    Raises ValueError for names that no row knows, or two of one meaning."""
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        key, new = prefix + name, {}
+        if isinstance(value, Mapping):
+            new = rename(value, table, what, f"{key}.")
+        elif isinstance(value, Tensor):
+            row = next(((m, to) for pattern, to in table if (m := re.fullmatch(pattern, key))), None)
+            if row is None:
+                raise ValueError(f"{what} holds an unknown tensor, {key} {list(value.shape)}")
+            new = {row[0].expand(row[1]): value.detach().cpu().float()} if row[1] else {}
+        if twice := new.keys() & out.keys():
+            raise ValueError(f"{what} holds {twice.pop()} twice, once as {key}")
+        out.update(new)
+    return out
+
+
+def check_fit(want: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:
+    """Raises one ValueError for all tensors that are missing, unknown or of another shape."""
+    shapes = [k for k in want if k in got and got[k].shape != want[k].shape]
+    wrong = {
+        "missing": [k for k in want if k not in got],
+        "unknown": [k for k in got if k not in want],
+        "of another shape": [f"{k} {list(got[k].shape)}, wanted {list(want[k].shape)}" for k in shapes],
+    }
+    faults = [f"{len(names)} {fault}: {', '.join(names[:4])}" for fault, names in wrong.items() if names]
+    if faults:
+        raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """From a .safetensors file, a pickle of plain tensors, or a folder that holds one, as on Hugging Face."""
+    if path.is_dir():
+        names = [path / n for n in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")]
+        path = next((name for name in names if name.is_file()), names[0])
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0]
+        if "TorchScript" in cause:
+            cause = "OpenAI's TorchScript archives need code to be read; take open_clip_model.safetensors of "
+            cause += "timm/vit_large_patch14_clip_336.openai on Hugging Face, which holds the same weights"
+        raise ValueError(f"cannot read {path} as plain tensors: {cause}") from error
+
+
+def backbone_state(weights: Weights) -> dict[str, Tensor]:
+    """A backbone's weights of any known family, a path or a state dict -> fp32 tensors under ViT's names."""
+    named = isinstance(weights, Mapping)
+    state, what = (weights, "the state dict") if named else (read_tensors(Path(weights)), str(weights))
+    whole = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    state = rename(whole or state, BACKBONE_NAMES, what)
+    for key in list(state):
+        name, part, leaf = ["", "", *key.rsplit(".", 2)][-3:]
+        parts = [f"{name}.{p}.{leaf}" for p in PARTS.get(part, ())]
+        if parts and all(p in state for p in parts):
+            state[f"{name}.{leaf}"] = torch.cat([state.pop(p) for p in parts])
+    if missing := {"cls_token", "pos_embed", "patch_embed.weight", "blocks.0.fc2.weight"} - state.keys():
+        raise ValueError(f"{what} is no vision transformer of a known family: it lacks {sorted(missing)}")
+    width = state["cls_token"].numel()
+    state.setdefault("register_tokens", torch.zeros(0, width))
+    for key in ("cls_token", "pos_embed", "register_tokens"):
+        state[key] = state[key].reshape(1, -1, width)
+    if math.isqrt(rows := state["pos_embed"].shape[1]) ** 2 == rows:
+        # timm's register models have the class position added to the class token: guests would get none.
+        warnings.warn(f"{what} has no class position: use it only with tokens trained on it", stacklevel=3)
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+    return {key: value.clone() for key, value in state.items()} if named else state
+
+
+def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a `Backbone` that a state under our names tells."""
+    width, hidden = state["cls_token"].shape[-1], state["blocks.0.fc2.weight"].shape[1]
+    stem = tuple(len(v) for k, v in state.items() if k.startswith("stem.") and v.ndim == 4)
+    fields = dict(CLIP) if "norm_pre.weight" in state else {}
+    if registers := state["register_tokens"].shape[1]:
+        fields |= dict(registers=registers, resample="bicubic-antialias")
+    if state["blocks.0.fc1.weight"].shape[0] == 2 * hidden:
+        fields["activation"] = "swiglu"
+    fields |= dict(
+        width=width, heads=width // 64 or 1, hidden=None if hidden == 4 * width else hidden, stem=stem
+    )
+    fields |= dict(patch_bias="patch_embed.bias" in state, layer_scale="blocks.0.ls1" in state)
+    fields["depth"] = sum(k.endswith(".fc2.weight") for k in state)
+    fields["patch"] = state["patch_embed.weight"].shape[-1] * 2 ** len(stem)
+    return {**fields, "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Whole or not at all: written beside the target, synced, renamed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def bundled() -> Path:
+    """The bundled model: beside this file in a clone, in the package `visualad_weights` where pip put it."""
+    spec = importlib.util.find_spec("visualad_weights")
+    folders = [Path(__file__).parent / "weights", *map(Path, spec.submodule_search_locations if spec else ())]
+    for folder in folders:
+        if (folder / "tiny.safetensors").is_file():
+            return folder / "tiny.safetensors"
+    places = " or ".join(map(str, folders))
+    raise FileNotFoundError(f"the bundled model, tiny.safetensors, is not in {places}; copy it there")
+
+
+def fetch(repo: str, file: str, hub: Mapping[str, Any], instead: str) -> Path:
+    """A file of a Hugging Face repo; a cached copy, if there is one, without asking the network."""
+    from huggingface_hub import hf_hub_download
+
+    tries = [True] if hub["local_files_only"] else [False] if hub["force_download"] else [True, False]
+    for local in tries:
+        try:
+            return Path(hf_hub_download(repo, file, **{**hub, "local_files_only": local}))
+        except Exception as error:
+            failure = error
+    cause = str(failure).strip().partition("\n")[0]
+    raise FileNotFoundError(
+        f"could not get {file} of {repo} from Hugging Face: {cause}; {instead}"
+    ) from failure
+
+
+def fetch_official(name: str, hub: Mapping[str, Any]) -> Path:
+    """One of the authors' files, in the torch hub cache under a name of its own, its sha256 verified."""
+    file, sha256 = PRETRAINED[name]
+    url = f"{os.environ.get('VISUALAD_URL', OFFICIAL)}/{file}"  # the variable: a mirror
+    path = Path(hub["cache_dir"] or torch.hub.get_dir(), "checkpoints", f"visualad-{name}-{sha256[:8]}.pth")
+    if hub["force_download"] or not path.is_file():
+        try:
+            if hub["local_files_only"]:
+                raise OSError("it is not in the cache, and local_files_only is set")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError, HTTPException) as error:
+            hint = f"get it elsewhere and give its path, or put it at {path}"
+            raise FileNotFoundError(f"could not get {url}: {error}; {hint}") from error
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        raise ValueError(f"{path} is damaged: sha256 {found}, wanted {sha256}; delete it and try again")
+    return path
+
+
+def find(source: str, hub: Mapping[str, Any]) -> Path:
+    """The checkpoint file behind whatever `from_pretrained` takes."""
+    path = Path(source)
+    if source in PRETRAINED:
+        return fetch_official(source, hub) if PRETRAINED[source] else bundled()
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.is_file():
+        return path
+    if path.suffix in (".safetensors", ".pth", ".pt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        known = f"{', '.join(PRETRAINED)}, a folder that save_pretrained wrote, a Hugging Face repo id"
+        raise FileNotFoundError(f"no file {path}; also taken: {known}")
+    return fetch(source, "model.safetensors", hub, "give a local folder or file instead")
+
+
+def default_weights(cfg: Backbone, hub: Mapping[str, Any]) -> Path:
+    """The file of a backbone's weights where nobody gave any."""
+    if cfg == BACKBONES["tiny"]:
+        return bundled()
+    if cfg.repo is None:
+        raise ValueError("this backbone is hosted nowhere: pass backbone_weights=PATH")
+    return fetch(cfg.repo, cfg.file, {**hub, "revision": None}, "pass backbone_weights=PATH instead")
+
+
+def read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a file that `save_pretrained` wrote; the config is in its header."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+        config = {"threshold": None, "display_high": None, **config}
+        if isinstance(cfg := config["backbone"], str):
+            config["backbone"] = BACKBONES[cfg]
+        else:
+            config["backbone"] = Backbone(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
+            )
+        keys = ("backbone", "layers", "anchors", "image_size", "threshold", "display_high")
+        return {key: config[key] for key in keys}, read_tensors(path)
+    except Exception as error:
+        hint = "a backbone alone goes in as backbone_weights"
+        raise ValueError(f"{path} has no sound VisualAD config in its header: {error!r}; {hint}") from error
+
+
+def read_official(
+    path: Path, frozen: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of one of the authors' files; an unlisted backbone takes its sizes from `frozen`."""
+    data = read_tensors(path)
+    needed = "backbone features_list image_size cross_attn cross_attn_config layer_transforms".split()
+    if missing := [key for key in needed if key not in data]:
+        raise ValueError(f"{path} is no VisualAD checkpoint: it lacks {', '.join(missing)}")
+    if (name := OFFICIAL_BACKBONES.get(data["backbone"])) is None and frozen is None:
+        raise ValueError(
+            f"{path} is for {data['backbone']!r}, which is not listed: pass backbone_weights=PATH"
+        )
+    cfg = BACKBONES[name] if name else Backbone.from_weights(frozen)
+    state = rename(data, OFFICIAL_NAMES, str(path))
+    if {"tokens.anomaly", "tokens.normal"} <= state.keys():
+        state["tokens"] = torch.stack([state.pop("tokens.anomaly"), state.pop("tokens.normal")])
+    grid = data["image_size"] // cfg.patch
+    for key in [key for key in state if key.endswith(".pos")]:
+        rows = state[key].flatten(0, -2)  # a flat table of which training used the first grid * grid rows
+        if len(rows) < grid**2:
+            raise ValueError(f"{path}: {key} has {len(rows)} positions, wanted {grid} x {grid}")
+        state[key] = rows[: grid**2].unflatten(0, (grid, grid))
+    config = dict(backbone=cfg, layers=data["features_list"], image_size=data["image_size"])
+    config |= dict(anchors=data["cross_attn_config"]["num_anchors"], threshold=None, display_high=None)
+    return config, state
+
+
+CARD = """---
+library_name: visualad
+tags: [anomaly-detection, zero-shot, visualad]
+---
+# VisualAD on {name}
+
+Zero-shot anomaly detection with two learned tokens in a frozen vision transformer (arXiv:2603.07952).
+
+    from visualad import VisualAD
+    model = VisualAD.from_pretrained("{repo_id}")
+    result = model.predict("photo.jpg")  # result.score, result.map, result.anomalous
+
+Tapped layers {layers}, input {image_size} px, threshold {threshold}.
+{notes}
+"""
+
+
+class VisualAD(VisualAD):  # the same model: how it is loaded and saved
+    threshold: dict[str, Any] | None = None  # value, the size and sigma it holds for, how it was made
+    display_high: float | None = None  # the map value at which `overlay` shows its full colour
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str | Backbone, backbone_weights: Weights | None = None, *, layers: Layers = None,
+        anchors: int = 4, image_size: int | None = None, **hub: Any,
+    ) -> VisualAD:  # fmt: skip
+        """A frozen backbone with a fresh learned part: where training starts.
+
+        backbone_weights: a path or a state dict; None: the backbone's Hugging Face repository, for which
+        `hub` is token, cache_dir, local_files_only or force_download. Raises as `from_pretrained` does.
+        """
+        model = cls(backbone, layers, anchors, image_size)
+        if backbone_weights is None:
+            hub = dict(token=None, cache_dir=None, local_files_only=False, force_download=False) | hub
+            backbone_weights = default_weights(model.backbone.cfg, hub)
+        return model.load_backbone(backbone_weights)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, *, backbone_weights: Weights | None = None,
+        final_norm: str | None = None, device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None, revision: str | None = None, token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> VisualAD:  # fmt: skip
+        """A trained model, in eval mode.
+
+        source: a name in `PRETRAINED`, a folder, a .safetensors file, one of the authors' .pth files, or a
+            Hugging Face repo id, with huggingface_hub's arguments. Cached copies come before the network.
+        backbone_weights: a path or a state dict; None: what is in the file, or the backbone's own repository.
+        final_norm: "backbone" or "checkpoint", the trained one. None: "checkpoint", but "backbone" for the
+            authors' files: their published numbers were made so.
+        dtype: of the frozen blocks; what was learned stays fp32.
+        Raises ValueError for what is damaged or does not fit, FileNotFoundError for what cannot be had.
+        """
+        if final_norm not in (None, "backbone", "checkpoint"):
+            raise ValueError(f"final_norm must be 'backbone', 'checkpoint' or None, got {final_norm!r}")
+        hub = dict(revision=revision, token=token, cache_dir=cache_dir)
+        hub |= dict(local_files_only=local_files_only, force_download=force_download)
+        path = find(os.fspath(source), hub)
+        ours = path.suffix == ".safetensors"
+        frozen = None if backbone_weights is None else backbone_state(backbone_weights)
+        config, state = read_ours(path) if ours else read_official(path, frozen)
+        cfg = config["backbone"]
+        with torch.device("meta"):  # no random numbers that are overwritten at once
+            model = cls(cfg, config["layers"], config["anchors"], config["image_size"])
+        for name in ("mean", "std"):
+            setattr(model, name, torch.tensor(getattr(cfg, name)).view(3, 1, 1))
+        inside = {k.removeprefix("backbone."): state.pop(k) for k in list(state) if k.startswith("backbone.")}
+        if frozen is None:
+            frozen = inside or backbone_state(default_weights(cfg, hub))
+        check_fit(model.backbone.state_dict(), frozen, "the backbone's file")
+        if final_norm == "backbone" or not (ours or final_norm):
+            state |= {key: frozen[key].float().clone() for key in ("norm.weight", "norm.bias")}
+        check_fit(model.learned(), state, str(path))
+        model.load_state_dict(state | {f"backbone.{k}": v for k, v in frozen.items()}, assign=True)
+        for name, parameter in model.backbone.named_parameters():
+            if dtype is not None and not name.startswith("norm."):
+                parameter.data = parameter.data.to(dtype)
+        model.threshold, model.display_high = config["threshold"], config["display_high"]
+        return model.to(device).eval()
+
+    def load_backbone(self, weights: Weights) -> VisualAD:
+        """Fills the frozen backbone, strictly, from a path or a state dict; `norm`, its copy, too, while that
+        was neither trained nor loaded. Returns the model. Raises ValueError, FileNotFoundError."""
+        state, own = backbone_state(weights), self.backbone.norm
+        check_fit(self.backbone.state_dict(), state, "the backbone's file")
+        fresh = all(map(torch.equal, self.norm.parameters(), own.parameters()))
+        self.backbone.load_state_dict(state)
+        if fresh:
+            self.norm.load_state_dict(own.state_dict())
+        return self
+
+    def config(self) -> dict[str, Any]:
+        """What rebuilds the model around its tensors, as JSON values."""
+        cfg = self.backbone.cfg
+        listed = next((name for name, known in BACKBONES.items() if known == cfg), None)
+        config = dict(backbone=listed or asdict(cfg), layers=self.layers, anchors=self.anchors)
+        config |= dict(image_size=self.image_size, threshold=self.threshold, display_high=self.display_high)
+        return json.loads(json.dumps(config))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, config: Mapping | None = None,
+        repo_id: str | None = None, push_to_hub: bool = False, model_card_kwargs: Mapping | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:  # fmt: skip
+        """Writes model.safetensors, complete in itself, config.json, a copy of its config, and a card,
+        README.md, if there is none. The frozen backbone goes into the file only if it is hosted nowhere.
+
+        config: further JSON entries. model_card_kwargs: `notes` is text for the card. push_to_hub: upload to
+        repo_id too (None: the folder's name); returns the commit's address then.
+        """
+        from safetensors.torch import save
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config, repo_id = {**(config or {}), **self.config()}, repo_id or folder.name
+        state = self.learned() if self.backbone.cfg.repo else self.state_dict()
+        state = {key: value.contiguous() for key, value in state.items()}
+        if not (folder / "README.md").exists():
+            name = config["backbone"] if isinstance(config["backbone"], str) else "a backbone of its own"
+            card = {"notes": "", **config, **(model_card_kwargs or {}), "name": name, "repo_id": repo_id}
+            write_atomic(folder / "README.md", CARD.format(**card).encode())
+        write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
+        header = {"format": "pt", "config": json.dumps(config)}
+        write_atomic(folder / "model.safetensors", save(state, header))
+        return self.push_to_hub(repo_id, config=config, **push_to_hub_kwargs) if push_to_hub else None
+
+    def push_to_hub(
+        self, repo_id: str, *, config: Mapping | None = None, commit_message: str = "Upload VisualAD",
+        private: bool | None = None, token: str | bool | None = None, branch: str | None = None,
+        model_card_kwargs: Mapping | None = None, **upload: Any,
+    ) -> str:  # fmt: skip
+        """Uploads what `save_pretrained` writes and returns the commit's address. Arguments are those of
+        huggingface_hub; `upload`: create_pr, allow_patterns, ignore_patterns, delete_patterns."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        upload |= dict(repo_id=repo_id, commit_message=commit_message, revision=branch)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, config=config, repo_id=repo_id, model_card_kwargs=model_card_kwargs)
+            return api.upload_folder(folder_path=folder, **upload)
+
+
+# --- 7. images in, predictions out -----------------------------------------------------------------------
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"}
+
+
+class Prediction(NamedTuple):
+    """Of one image, whose size the map has."""
+
+    score: float  # mean of the brightest 1 % of the smoothed map, at the network's input size
+    map: np.ndarray  # [H, W], float32, smoothed
+    anomalous: bool | None  # score > threshold; None without a threshold for this size and sigma
+
+
+def image_files(folder: Path, without: Path | None = None) -> list[Path]:
+    """Every image below a folder, sorted, but hidden files and what lies below `without`."""
+    hidden = without.resolve() if without else folder / "."
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ]
+    files = [path for path in files if path.name[0] != "." and hidden not in path.resolve().parents]
+    if not files:
+        raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+    return files
+
+
+def is_one(images: Any) -> bool:
+    """Whether this is one image (or a mistake), not several."""
+    if isinstance(images, (str, os.PathLike)):
+        return not Path(images).is_dir()
+    return (
+        images.ndim != 4
+        if isinstance(images, Tensor)
+        else not isinstance(images, Iterable) or hasattr(images, "shape")
+    )
+
+
+def each(images: Any) -> Iterator[Any]:
+    """Whatever `predict` takes, one image at a time."""
+    if is_one(images):
+        yield images
+    elif isinstance(images, Tensor):
+        yield from images
+    else:
+        for image in image_files(Path(images)) if isinstance(images, (str, os.PathLike)) else images:
+            yield from each(image)
+
+
+def decode(image: Any) -> Tensor | np.ndarray:
+    """A path or a PIL image -> RGB [H, W, 3] in 8 bits, or [H, W] in 16; anything else passes through."""
+    import numpy as np
+
+    if isinstance(image, (str, os.PathLike)):
+        from PIL import Image
+
+        try:
+            with Image.open(image) as file:
+                file.load()
+                return decode(file)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"cannot read {os.fspath(image)} as an image: {error}") from error
+    if not hasattr(image, "getexif"):
+        return image
+    from PIL import ImageOps
+
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if image.mode in ("I", "F") and not wide:
+        raise ValueError(f"mode {image.mode} has no known range; pass an array in [0, 1]")
+    image = ImageOps.exif_transpose(image)
+    return np.array(image, dtype=np.uint16) if wide else np.array(image.convert("RGB"))
+
+
+def to_tensor(image: Any) -> Tensor:
+    """Any single image that `predict` takes -> RGB [3, H, W], uint8, or fp32 in [0, 1] if 8 bits are too few.
+    Raises ValueError for anything else, FileNotFoundError for a missing file."""
+    import numpy as np
+
+    image = decode(image)
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise ValueError(f"an image is a path, a PIL image, an array or a tensor, got {type(image).__name__}")
+    got = f"{image.dtype} {list(image.shape)}"
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint16:
+            image = image.astype(np.float32) / 65535
+        if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
+            raise ValueError(f"an array must be uint8, uint16 or float in [0, 1], got {got}")
+        # A copy: the caller's array may be read-only, reversed or in another byte order.
+        image = torch.from_numpy(np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32))
+        image = (
+            image.expand(3, -1, -1) if image.ndim == 2 else image.movedim(-1, 0) if image.ndim == 3 else image
+        )
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"an array must be [H, W, 3] or [H, W], a tensor [3, H, W], not empty; got {got}")
+    image = image.detach().cpu()
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise ValueError(f"a tensor must be uint8 or float in [0, 1], got {got}")
+    image = image.float()
+    low, high = (float(value) for value in image.aminmax())
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"float values must lie in [0, 1], got {low:g} to {high:g}")
+    levels = (image * 255).round()
+    # An 8-bit image that comes as floats is resized as one: the same picture must get the same score.
+    return levels.byte() if torch.allclose(levels / 255, image, rtol=0, atol=1e-6) else image
+
+
+def resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    """[3, H, W], uint8 or fp32 in [0, 1] -> fp32 at `size` (H, W): bicubic, antialiased, clamped, and rounded
+    to 1/255 where the input is, within 2/255 of PIL's."""
+    image = F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
+    return image.float() / 255 if image.dtype == torch.uint8 else image.clamp(0, 1)
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """function(item) for each item, in order, computed by threads up to `depth` items ahead."""
+    with ThreadPoolExecutor(max(1, min(depth, os.cpu_count() or 1))) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def overlay(image: Any, map: np.ndarray | Tensor, *, low: float = 0.0, high: float) -> Any:
+    """The heatmap on its image, as a PIL image: transparent at `low`, yellow, then full red at `high`. Keep
+    one scale for all images, so that a normal one stays plain.
+
+    image: anything single that `predict` takes. map: [H, W], of its size. Raises ValueError.
+    """
+    from PIL import Image
+
+    image, map = to_tensor(image), torch.as_tensor(map).float()
+    if map.shape != image.shape[1:] or not low < high:
+        got = f"{list(map.shape)} on {list(image.shape[1:])}, {low} to {high}"
+        raise ValueError(f"map must have the image's size, and low be below high; got {got}")
+    image = image / 255 if image.dtype == torch.uint8 else image
+    heat = ((map - low) / (high - low)).clamp(0, 1)
+    red = torch.stack([torch.ones_like(heat), 1 - heat, torch.zeros_like(heat)])
+    pixels = ((image + heat * (red - image)) * 255).round().byte()
+    return Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+
+
+class VisualAD(VisualAD):  # the same model: how it is used on images
+    def predict(
+        self, images: Any, *, size: int | Sequence[int] | None = None, batch_size: int = 8, sigma: float = 4.0
+    ) -> Prediction | list[Prediction]:
+        """Scores and maps for images of any size: one `Prediction` for one image, else a list in order.
+
+        images: a path, a folder (recursive, sorted), a PIL image, an array [H, W, 3] or [H, W] (uint8, uint16
+            or float in [0, 1]), a tensor [3, H, W] or [B, 3, H, W], or an iterable that mixes them.
+        size: the network's input, a side or (H, W), multiples of the patch; None: `image_size`.
+        sigma: of the smoothing, in pixels of that input. The score is taken there, the map then resized.
+        Raises ValueError for what is no image, FileNotFoundError.
+        """
+        found = list(self.predict_iter(images, size=size, batch_size=batch_size, sigma=sigma))
+        return found[0] if is_one(images) else found
+
+    def predict_iter(
+        self, images: Any, *, size: int | Sequence[int] | None = None, batch_size: int = 8, sigma: float = 4.0
+    ) -> Iterator[Prediction]:
+        """`predict`, one prediction after the other, in constant memory. Up to three batches are read ahead;
+        with batch_size=1 each answer comes before the next image is asked for."""
+        size = self.input_size(size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        limit = self.limit(size, sigma)
+
+        def prepare(image: Any) -> tuple[Tensor, torch.Size]:
+            image = to_tensor(image)
+            return resize(image, size), image.shape[1:]
+
+        ready = ahead(prepare, each(images), 2 * batch_size if batch_size > 1 else 0)
+        while batch := list(islice(ready, batch_size)):
+            maps, scores = self.infer(torch.stack([x for x, _ in batch]).to(self.tokens.device), sigma)
+            if not scores.isfinite().all():
+                raise ValueError(
+                    "scores are not finite: the weights are damaged, or dtype is too narrow for them"
+                )
+            for map, score, (_, own) in zip(maps, scores.tolist(), batch, strict=True):
+                map = upsample(map[None, None], own)[0, 0].cpu().numpy()
+                yield Prediction(score, map, None if limit is None else score > limit)
+
+    def input_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
+        size = self.image_size if size is None else size
+        size = tuple(size) if isinstance(size, Sequence) else (size, size)
+        if len(size) != 2:
+            raise ValueError(f"size must be a side or (H, W), got {size}")
+        check_size(size, self.backbone.cfg.patch)
+        return size
+
+    def limit(self, size: tuple[int, int], sigma: float) -> float | None:
+        """The threshold's value, if it was made at this size and sigma: others give other scores."""
+        made = self.threshold
+        return made["value"] if made and (tuple(made["size"]), made["sigma"]) == (size, sigma) else None
+
+    def calibrate(
+        self, normal_images: Any, quantile: float = 0.99, *, size: int | Sequence[int] | None = None,
+        batch_size: int = 8, sigma: float = 4.0,
+    ) -> float:  # fmt: skip
+        """Sets `threshold` to the score that this quantile of the normal images does not exceed; returns it.
+        n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. Raises ValueError."""
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
+        found = self.predict_iter(normal_images, size=size, batch_size=batch_size, sigma=sigma)
+        scores = sorted(prediction.score for prediction in found)
+        if not scores:
+            raise ValueError("calibrate needs at least one normal image")
+        value, made = (
+            scores[math.ceil(quantile * len(scores)) - 1],
+            f"{quantile:g} of {len(scores)} normal images",
+        )
+        self.threshold = dict(value=value, size=list(self.input_size(size)), sigma=sigma, made=made)
+        return value
+
+
+# --- 8. command line -------------------------------------------------------------------------------------
+def find_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def targets(sources: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """{image: its heatmap}, which keeps the path below the given folder; no two images share one."""
+    found: dict[Path, Path] = {}
+    for source in sources:
+        if source.is_dir() and out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"--out {out} holds the images of {source}: choose another folder")
+        for path in image_files(source, without=out) if source.is_dir() else [source]:
+            target = out / path.relative_to(source if source.is_dir() else source.parent).with_suffix(".png")
+            stem, n = target.stem, 1
+            while target in found.values():  # a.jpg beside a.png, or one name in two folders
+                target, n = target.with_stem(f"{stem}-{n}"), n + 1
+            found[path] = target
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Scores images and writes heatmaps. Exit status: 0; 1 where an image was unreadable; 2 for an error."""
+    parser = argparse.ArgumentParser(prog="visualad", description="Finds anomalies in images of anything.")
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    add("--model", default="tiny", help=f"{', '.join(PRETRAINED)}, a Hugging Face repo, a folder or a file")
+    add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
+    add(
+        "--final-norm",
+        choices=("backbone", "checkpoint"),
+        help="default: as the numbers of the file were made",
+    )
+    add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results here too")
+    add("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
+    add("--calibrate", type=Path, metavar="FOLDER", help="take the threshold from a folder of normal images")
+    add(
+        "--size", type=int, nargs="+", metavar="N", help="network input: a side, or H W; default: the model's"
+    )
+    add("--sigma", type=float, default=4.0, help="of the smoothing, in pixels of the input (%(default)s)")
+    add("--device", default=find_device(), help="(%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the frozen blocks")
+    add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
+    try:
+        return run(parser.parse_args(arguments))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"visualad: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm  # comes with huggingface_hub
+
+    files = targets(args.images, args.out)
+    options = dict(backbone_weights=args.backbone_weights, final_norm=args.final_norm, device=args.device)
+    model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
+    size = model.input_size(args.size[0] if args.size and len(args.size) == 1 else args.size)
+    settings = dict(size=size, sigma=args.sigma, batch_size=args.batch_size)
+    if args.calibrate:
+        model.calibrate(args.calibrate, **settings)
+    if args.threshold is not None:
+        model.threshold = dict(value=args.threshold, size=list(size), sigma=args.sigma, made="--threshold")
+    high = model.display_high or len(model.layers)  # half of what the map can reach
+    images, errors, read = [], [], deque()
+
+    def attempt(path: Path) -> tuple[Path, Tensor | Exception]:
+        try:
+            return path, to_tensor(path)
+        except (ValueError, OSError) as error:
+            return path, error
+
+    def readable() -> Iterator[Tensor]:
+        for path, image in ahead(attempt, files, 2 * args.batch_size):
+            if isinstance(image, Tensor):
+                read.append((path, image))
+                yield image
+            else:
+                errors.append(dict(path=str(path), error=str(image)))
+                tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {image}", file=sys.stderr)
+
+    print(f"{'score':>8}  {'verdict':9}  image")
+    results = tqdm(model.predict_iter(readable(), **settings), total=len(files), disable=None, leave=False)
+    for score, map, anomalous in results:
+        path, image = read.popleft()
+        files[path].parent.mkdir(parents=True, exist_ok=True)
+        png = io.BytesIO()
+        overlay(image, map, high=high).save(png, "PNG", compress_level=1)
+        write_atomic(files[path], png.getvalue())
+        images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(files[path])))
+        verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
+        tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
+    limit = model.limit(size, args.sigma)
+    verdict = "no threshold" if limit is None else f"{sum(i['anomalous'] for i in images)} above {limit:.4f}"
+    print(f"{len(images)} images, {verdict}, {len(errors)} unreadable; heatmaps in {args.out}")
+    if args.json:
+        settings |= dict(threshold=model.threshold, display_high=high, final_norm=args.final_norm)
+        settings |= dict(device=args.device, dtype=args.dtype)
+        report = dict(model=args.model, settings=settings, images=images, errors=errors)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.json, json.dumps(report, indent=2).encode())
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
