@@ -2,7 +2,7 @@
 
 True: the published weights ("visa" where there are two); "visa" or "mvtec": the authors' checkpoints;
 SOURCE: whatever `VisualAD.from_pretrained` takes; False: nothing is downloaded, all is random.
-Further keywords go to `VisualAD.from_pretrained`. Each returns a `VisualAD`: predict(images), forward(images).
+Further keywords go to `VisualAD.from_pretrained`. Each returns a `VisualAD`: predict, forward, infer.
 """
 
 from visualad import BACKBONES as _BACKBONES
@@ -11,7 +11,7 @@ from visualad import VisualAD as _VisualAD
 dependencies = ["torch", "safetensors", "huggingface_hub", "numpy"]
 
 
-def _build(backbone, pretrained, kwargs):
+def _build(backbone: str, pretrained: bool | str, kwargs: dict) -> _VisualAD:
     if pretrained is False:
         return _VisualAD(backbone)
     source = "visa" if pretrained is True and backbone == "clip-vit-l14-336" else pretrained
@@ -30,66 +30,66 @@ def _build(backbone, pretrained, kwargs):
     return model
 
 
-def visualad_tiny(pretrained=True, **kwargs):
+def visualad_tiny(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """The bundled 5 MB model, trained on procedural images alone: 160 px, for a first look and for tests."""
     return _build("tiny", pretrained, kwargs)
 
 
-def visualad_clip_vitl14_336(pretrained=True, **kwargs):
-    """CLIP ViT-L/14@336px at 518 px, the paper's model; pretrained: True or "visa", "mvtec", a source, False."""
+def visualad_clip_vitl14_336(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
+    """CLIP ViT-L/14@336px at 518 px, the paper's model: pretrained: "visa" (True), "mvtec", source, False."""
     return _build("clip-vit-l14-336", pretrained, kwargs)
 
 
-def visualad_clip_vitl14(pretrained=True, **kwargs):
+def visualad_clip_vitl14(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """CLIP ViT-L/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
     return _build("clip-vit-l14", pretrained, kwargs)
 
 
-def visualad_clip_vitb16(pretrained=True, **kwargs):
+def visualad_clip_vitb16(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """CLIP ViT-B/16 at 512 px; no published weights: pretrained is a source of yours, or False."""
     return _build("clip-vit-b16", pretrained, kwargs)
 
 
-def visualad_clip_vitb32(pretrained=True, **kwargs):
+def visualad_clip_vitb32(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """CLIP ViT-B/32 at 512 px; no published weights: pretrained is a source of yours, or False."""
     return _build("clip-vit-b32", pretrained, kwargs)
 
 
-def visualad_dinov2_vits14(pretrained=True, **kwargs):
+def visualad_dinov2_vits14(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-S/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
     return _build("dinov2-vit-s14", pretrained, kwargs)
 
 
-def visualad_dinov2_vitb14(pretrained=True, **kwargs):
+def visualad_dinov2_vitb14(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-B/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
     return _build("dinov2-vit-b14", pretrained, kwargs)
 
 
-def visualad_dinov2_vitl14(pretrained=True, **kwargs):
+def visualad_dinov2_vitl14(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-L/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
     return _build("dinov2-vit-l14", pretrained, kwargs)
 
 
-def visualad_dinov2_vitg14(pretrained=True, **kwargs):
+def visualad_dinov2_vitg14(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-g/14 at 518 px; no published weights: pretrained is a source of yours, or False."""
     return _build("dinov2-vit-g14", pretrained, kwargs)
 
 
-def visualad_dinov2_vits14_reg(pretrained=True, **kwargs):
+def visualad_dinov2_vits14_reg(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-S/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
     return _build("dinov2-vit-s14-reg", pretrained, kwargs)
 
 
-def visualad_dinov2_vitb14_reg(pretrained=True, **kwargs):
+def visualad_dinov2_vitb14_reg(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-B/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
     return _build("dinov2-vit-b14-reg", pretrained, kwargs)
 
 
-def visualad_dinov2_vitl14_reg(pretrained=True, **kwargs):
+def visualad_dinov2_vitl14_reg(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-L/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
     return _build("dinov2-vit-l14-reg", pretrained, kwargs)
 
 
-def visualad_dinov2_vitg14_reg(pretrained=True, **kwargs):
+def visualad_dinov2_vitg14_reg(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
     """DINOv2 ViT-g/14 with registers at 518 px; no published weights: pretrained is a source, or False."""
     return _build("dinov2-vit-g14-reg", pretrained, kwargs)

@@ -423,7 +423,7 @@ def rename(state: Mapping[str, Any], table: list, what: str, prefix: str = "") -
             row = next(((m, to) for pattern, to in table if (m := re.fullmatch(pattern, key))), None)
             if row is None:
                 raise ValueError(f"{what} holds an unknown tensor, {key} {list(value.shape)}")
-            new = {row[0].expand(row[1]): value.detach().cpu().float()} if row[1] else {}
+            new = {row[0].expand(row[1]): value.detach().float()} if row[1] else {}
         if twice := new.keys() & out.keys():
             raise ValueError(f"{what} holds {twice.pop()} twice, once as {key}")
         out.update(new)
@@ -616,7 +616,7 @@ def read_official(
     """Config and tensors of one of the authors' files; an unlisted backbone takes its sizes from `frozen`."""
     data = read_tensors(path)
     needed = "backbone features_list image_size cross_attn cross_attn_config layer_transforms".split()
-    if missing := [key for key in needed if key not in data]:
+    if missing := [key for key in needed if data.get(key) is None]:
         raise ValueError(f"{path} is no VisualAD checkpoint: it lacks {', '.join(missing)}")
     if (name := OFFICIAL_BACKBONES.get(data["backbone"])) is None and frozen is None:
         raise ValueError(
@@ -712,7 +712,7 @@ class VisualAD(VisualAD):  # the same model: how it is loaded and saved
         if final_norm == "backbone" or not (ours or final_norm):
             state |= {key: frozen[key].float().clone() for key in ("norm.weight", "norm.bias")}
         check_fit(model.learned(), state, str(path))
-        model.load_state_dict(state | {f"backbone.{k}": v for k, v in frozen.items()}, assign=True)
+        model.load_state_dict(state | {f"backbone.{k}": v.cpu() for k, v in frozen.items()}, assign=True)
         for name, parameter in model.backbone.named_parameters():
             if dtype is not None and not name.startswith("norm."):
                 parameter.data = parameter.data.to(dtype)
@@ -796,11 +796,9 @@ class Prediction(NamedTuple):
 
 def image_files(folder: Path, without: Path | None = None) -> list[Path]:
     """Every image below a folder, sorted, but hidden files and what lies below `without`."""
-    hidden = without.resolve() if without else folder / "."
-    files = [
-        path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    ]
-    files = [path for path in files if path.name[0] != "." and hidden not in path.resolve().parents]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [path for path in files if path.name[0] != "." and path.is_file()]
+    files = [path for path in files if without is None or without not in path.resolve().parents]
     if not files:
         raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return files
@@ -864,7 +862,7 @@ def to_tensor(image: Any) -> Tensor:
         raise ValueError(f"an image is a path, a PIL image, an array or a tensor, got {type(image).__name__}")
     got = f"{image.dtype} {list(image.shape)}"
     if isinstance(image, np.ndarray):
-        if image.dtype == np.uint16:
+        if image.dtype.kind == "u" and image.itemsize == 2:  # in either byte order
             image = image.astype(np.float32) / 65535
         if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
             raise ValueError(f"an array must be uint8, uint16 or float in [0, 1], got {got}")
@@ -1007,15 +1005,17 @@ def find_device() -> str:
 
 def targets(sources: Sequence[Path], out: Path) -> dict[Path, Path]:
     """{image: its heatmap}, which keeps the path below the given folder; no two images share one."""
-    found: dict[Path, Path] = {}
+    found, taken, place = {}, set(), out.resolve()
     for source in sources:
-        if source.is_dir() and out.resolve() in (source.resolve(), *source.resolve().parents):
-            raise ValueError(f"--out {out} holds the images of {source}: choose another folder")
-        for path in image_files(source, without=out) if source.is_dir() else [source]:
+        inside = place if source.resolve() in place.parents else None  # heatmaps of an earlier run
+        for path in image_files(source, without=inside) if source.is_dir() else [source]:
+            if place in path.resolve().parents:
+                raise ValueError(f"--out {out} holds images to be read, as {path}: choose another folder")
             target = out / path.relative_to(source if source.is_dir() else source.parent).with_suffix(".png")
             stem, n = target.stem, 1
-            while target in found.values():  # a.jpg beside a.png, or one name in two folders
+            while target in taken:  # a.jpg beside a.png, or one name in two folders
                 target, n = target.with_stem(f"{stem}-{n}"), n + 1
+            taken.add(target)
             found[path] = target
     return found
 

@@ -1,5 +1,9 @@
-"""Draws procedural textures and objects with procedural defects and trains the bundled `tiny` model on them from
-scratch. No real image and no downloaded weight is used. `python weights/tiny.py`
+"""Draws procedural textures and objects with procedural defects; trains the bundled model on nothing else.
+
+    python weights/tiny.py                        # train, choose the threshold, write the model, report
+    python weights/tiny.py --report --data ROOT   # measure the bundled model, also on images in MVTec's layout
+
+No real image and no downloaded weight is used, and a picture is a function of (SEED, split, index) alone.
 """
 
 from __future__ import annotations
@@ -258,7 +262,7 @@ def _outline(rng: Rng) -> Callable[[Array, Array], Array]:
 
 
 def _object(rng: Rng, size: int, sat: float) -> Callable[[Array, Array, Array, float], tuple[Array, Array]]:
-    """One object: draw(x, y, back, px) paints it at those coordinates, px pixels a unit; also its distance."""
+    """One object: draw(x, y, back, px) paints it at those coordinates, px pixels a unit; and its distance."""
     outline, (skin, _) = _outline(rng), _texture(rng, size, sat, 0.5)
     light, shadow, rim = (
         rng.normal(size=2) * 0.12,
@@ -305,7 +309,7 @@ def _object(rng: Rng, size: int, sat: float) -> Callable[[Array, Array, Array, f
 
 
 def _bands(rng: Rng, img: Array) -> Array:
-    """The picture with straight bands right across it, some soft, some sharp: seams and reflections are normal."""
+    """The picture with straight bands right across it, soft or sharp: seams and reflections are normal."""
     x, y = _axes(img.shape[-1])
     turn, count = rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)]), int(rng.choice([1, 2, 4]))
     for _ in range(count):
@@ -589,8 +593,9 @@ def _odd_one(rng: Rng, scene: Scene, gain: float) -> Defect:
 
 
 DEFECTS = [
-    (_scratch, 0.15), (_crack, 0.08), (_fray, 0.05), (_spots, 0.16), (_stain, 0.11), (_shade, 0.04), (_tint, 0.06),
-    (_paste, 0.08), (_foreign, 0.09), (_erase, 0.06), (_chip, 0.06), (_smear, 0.03), (_warp, 0.03),
+    (_scratch, 0.15), (_crack, 0.08), (_fray, 0.05), (_spots, 0.16), (_stain, 0.11), (_shade, 0.04),
+    (_tint, 0.06), (_paste, 0.08), (_foreign, 0.09), (_erase, 0.06), (_chip, 0.06),
+    (_smear, 0.03), (_warp, 0.03),
 ]  # fmt: skip
 DEFECT_ODDS = np.array([odds for _, odds in DEFECTS]) / sum(odds for _, odds in DEFECTS)
 
@@ -625,7 +630,7 @@ def _camera(rng: Rng, size: int, sat: float) -> Callable[[Array], Array]:
 
 
 def _visible(clean: Array, dirty: Array, region: Array, regular: bool) -> Array:
-    """The part of the region in which the change stands out against the texture around it, as a solid mask."""
+    """The part of the region in which the change stands out against the texture around it, made solid."""
     size = region.shape[0]
     diff = dirty - clean
     region = region | (_blur(np.abs(diff).max(0), 1) > 0.02)
@@ -660,7 +665,7 @@ def _visible(clean: Array, dirty: Array, region: Array, regular: bool) -> Array:
 
 
 def _spoil(rng: Rng, scene: Scene, shoot: Callable[[Array], Array], clean: Array) -> tuple[Scene, Array]:
-    """The scene with one visible defect and its mask; an empty mask after three attempts that nobody could see."""
+    """The scene with one visible defect and its mask, empty after three attempts that nobody could see."""
     size = scene.zone.shape[0]
     make = DEFECTS[rng.choice(len(DEFECTS), p=DEFECT_ODDS)][0]
     if scene.cells is not None and rng.random() < 0.5:
@@ -677,7 +682,7 @@ def _spoil(rng: Rng, scene: Scene, shoot: Callable[[Array], Array], clean: Array
 
 
 def sample(rng: Rng, size: int) -> tuple[Array, Array]:
-    """One procedural image: uint8 [size, size, 3] and its exact defect mask, bool [size, size] (all False: normal)."""
+    """One image, uint8 [size, size, 3], and its exact defect mask, bool [size, size]; all False: normal."""
     sat = float(rng.choice([0, rng.uniform(0.02, 0.15), rng.uniform(0.15, 0.5)], p=[0.4, 0.4, 0.2]))
     scene = SCENES[rng.choice(len(SCENES), p=SCENE_ODDS)](rng, size, sat)
     if scene.zone.mean() < 0.03:
@@ -696,7 +701,7 @@ def sample(rng: Rng, size: int) -> tuple[Array, Array]:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """`count` procedural images of one split, [3, size, size] in [0, 1] and masks; a function of (split, index)."""
+    """`count` procedural images of one split: [3, size, size] in [0, 1], and their masks."""
 
     def __init__(self, split: int, count: int, size: int):
         self.split, self.count, self.size = split, count, size

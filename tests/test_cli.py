@@ -1,0 +1,141 @@
+"""The command line, run as a user runs it: pytest tests/test_cli.py"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ROOT
+from PIL import Image
+from test_predict import picture
+
+from visualad import VisualAD, main
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """in/{a.png, a.jpg, sub/a.png, broken.png, big.bmp} below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "a.jpg", "sub/a.png", "big.bmp")):
+        Image.fromarray(picture(60 + 100 * i, 80, i)).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.png").write_bytes(b"broken")
+    return tmp_path
+
+
+def test_a_folder_gives_a_table_heatmaps_and_json(images, capsys):
+    assert main(["in", "--json", "out/report.json"]) == 1  # one image is unreadable
+    printed = capsys.readouterr()
+    report = json.loads((images / "out" / "report.json").read_text())
+    assert report["model"] == "tiny" and [e["path"] for e in report["errors"]] == ["in/broken.png"]
+    assert "broken.png" in printed.err and "1 unreadable" in printed.out
+    assert [i["path"] for i in report["images"]] == ["in/a.jpg", "in/a.png", "in/big.bmp", "in/sub/a.png"]
+    maps = [i["heatmap"] for i in report["images"]]
+    assert maps == ["heatmaps/a.png", "heatmaps/a-1.png", "heatmaps/big.png", "heatmaps/sub/a.png"]
+    model = VisualAD.from_pretrained("tiny")
+    for record in report["images"]:
+        with Image.open(record["path"]) as image, Image.open(record["heatmap"]) as heatmap:
+            assert image.size == heatmap.size
+        want = model.predict(record["path"])
+        assert (
+            record["score"] == pytest.approx(want.score, abs=1e-5) and record["anomalous"] == want.anomalous
+        )
+        assert f"{record['score']:8.4f}" in printed.out
+    assert report["settings"]["size"] == [160, 160] and report["settings"]["sigma"] == 4.0
+
+
+def test_the_exit_status_is_0_when_all_is_read(images):
+    assert main(["in/a.png", "in/sub/a.png"]) == 0
+    assert sorted(p.name for p in (images / "heatmaps").iterdir()) == ["a-1.png", "a.png"]
+
+
+def test_a_second_run_does_not_take_heatmaps_for_images(images):
+    (images / "in" / "broken.png").unlink()
+    for _ in range(2):
+        assert main([".", "--json", "r.json"]) == 0
+        assert len(json.loads((images / "r.json").read_text())["images"]) == 4
+
+
+def test_images_are_never_overwritten(images, capsys):
+    before = (images / "in" / "a.png").read_bytes()
+    for out in ("in", "."):
+        assert main(["in", "--out", out]) == 2
+        assert "choose another folder" in capsys.readouterr().err
+    assert main(["in/a.png", "--out", "in"]) == 2
+    assert (images / "in" / "a.png").read_bytes() == before
+
+
+def test_thresholds_from_the_command_line_and_from_normal_images(images, capsys):
+    def verdicts(*arguments):
+        main(["in", "--json", "r.json", *arguments])
+        return [i["anomalous"] for i in json.loads((images / "r.json").read_text())["images"]]
+
+    assert verdicts("--threshold", "-9") == [True] * 4 and verdicts("--threshold", "9") == [False] * 4
+    assert verdicts("--size", "80") == [None] * 4
+    assert verdicts("--size", "80", "--threshold", "9") == [False] * 4
+    (images / "in" / "broken.png").unlink()
+    assert verdicts("--calibrate", "in") == [False] * 4
+    assert main(["in/a.png", "--calibrate", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_size_sigma_and_dtype_reach_the_model(images):
+    model = VisualAD.from_pretrained("tiny")
+    main(["in/a.png", "--size", "80", "120", "--sigma", "1", "--batch-size", "1", "--json", "r.json"])
+    want = model.predict("in/a.png", size=(80, 120), sigma=1.0).score
+    report = json.loads((images / "r.json").read_text())
+    assert report["images"][0]["score"] == pytest.approx(want, abs=1e-6) and report["settings"]["size"] == [
+        80,
+        120,
+    ]
+    assert main(["in/a.png", "--dtype", "bfloat16"]) == 0
+
+
+def test_the_authors_checkpoint_runs_with_a_local_backbone(images):
+    files = [
+        str(GOLDEN / "visualad_official.pth"),
+        "--backbone-weights",
+        str(GOLDEN / "clip_openai.safetensors"),
+    ]
+    assert main(["in/a.png", "--model", *files, "--final-norm", "checkpoint", "--json", "r.json"]) == 0
+    model = VisualAD.from_pretrained(files[0], backbone_weights=files[2], final_norm="checkpoint")
+    record = json.loads((images / "r.json").read_text())["images"][0]
+    assert (
+        record["score"] == pytest.approx(model.predict("in/a.png").score, abs=1e-5)
+        and record["anomalous"] is None
+    )
+
+
+def test_plain_images_stay_plain(images):
+    main(["in/a.png", "--threshold", "0"])
+    model = VisualAD.from_pretrained("tiny")
+    found = model.predict("in/a.png")
+    drawn, image = np.array(Image.open("heatmaps/a.png")), np.array(Image.open("in/a.png"))
+    assert np.array_equal(drawn[found.map <= 0], image[found.map <= 0])
+    assert not np.array_equal(drawn, image) and (found.map > 0).any()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.png"], "nowhere.png"),
+        (["in/a.png", "--model", "nothing"], "nothing"),
+        (["in/a.png", "--size", "81"], "near: 80, 88"),
+        (["in/a.png", "--sigma", "-1"], "sigma"),
+        (["in/a.png", "--device", "gpu"], "gpu"),
+        (["in/a.png", "--batch-size", "0"], "batch_size"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(images, capsys, arguments, message):
+    status = main(arguments)
+    printed = capsys.readouterr().err.strip()
+    assert status in (1, 2) and message in printed and "Traceback" not in printed
+
+
+def test_the_script_runs_from_another_folder(images):
+    command = [sys.executable, str(ROOT / "visualad.py"), "in/a.png"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "in/a.png" in done.stdout, done.stderr
+    assert (images / "heatmaps" / "a.png").is_file()

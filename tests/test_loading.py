@@ -1,0 +1,332 @@
+"""Checkpoints: strict, bit-exact, whole or not at all: pytest tests/test_loading.py"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GOLDEN, SMALL
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import visualad
+from visualad import BACKBONES, Backbone, VisualAD, backbone_state
+
+CLIP, OFFICIAL = GOLDEN / "clip_openai.safetensors", GOLDEN / "visualad_official.pth"
+
+
+@pytest.fixture
+def clip() -> dict[str, torch.Tensor]:
+    return load_file(CLIP)
+
+
+@pytest.fixture
+def checkpoint() -> dict:
+    return torch.load(OFFICIAL, weights_only=True)
+
+
+def save_checkpoint(checkpoint, folder):
+    torch.save(checkpoint, folder / "theirs.pth")
+    return folder / "theirs.pth"
+
+
+def same(a: VisualAD, b: VisualAD) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+# --- backbones
+
+
+def test_unknown_missing_and_misshapen_tensors_are_named(clip, official):
+    with pytest.raises(ValueError, match="visual.surprise"):
+        official.load_backbone({**clip, "visual.surprise": torch.zeros(3)})
+    short = {k: v for k, v in clip.items() if "resblocks.2.ln_1" not in k}
+    with pytest.raises(ValueError, match=r"2 missing: blocks\.2\.norm1"):
+        official.load_backbone(short)
+    name = "visual.transformer.resblocks.0.mlp.c_fc.bias"
+    with pytest.raises(ValueError, match=r"blocks\.0\.fc1\.bias \[7\], wanted \[512\]"):
+        official.load_backbone({**clip, name: torch.zeros(7)})
+    with pytest.raises(ValueError, match="twice"):
+        official.load_backbone({**clip, "cls_token": torch.zeros(1, 1, 128)})
+    parts = {f"encoder.layers.0.self_attn.{x}_proj.bias": torch.zeros(128) for x in "qk"}
+    with pytest.raises(ValueError, match=r"unknown: blocks\.0\.qkv\.q\.bias"):
+        official.load_backbone({**{k: v for k, v in clip.items() if "0.attn.in_proj_bias" not in k}, **parts})
+
+
+def test_a_refused_backbone_leaves_the_model_as_it_was(clip, official):
+    before = {k: v.clone() for k, v in official.state_dict().items()}
+    clip.popitem()
+    with pytest.raises(ValueError):
+        official.load_backbone({**clip, "visual.proj": torch.zeros(1), "visual.x": torch.zeros(1)})
+    assert all(torch.equal(v, before[k]) for k, v in official.state_dict().items())
+
+
+def test_pickles_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    torch.save({"anomaly_token": Evil()}, tmp_path / "evil.pth")
+    for call in (VisualAD.from_pretrained, backbone_state):
+        with pytest.raises(ValueError, match="evil.pth"):
+            call(tmp_path / "evil.pth")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torchscript_archive_is_refused_with_the_repo_to_take(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-L-14.pt")
+    with pytest.raises(ValueError, match="timm/vit_large_patch14_clip_336.openai"):
+        backbone_state(tmp_path / "ViT-L-14.pt")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.bin"])
+def test_damaged_files_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"not a checkpoint at all")
+    with pytest.raises(ValueError, match=name):
+        backbone_state(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        backbone_state(tmp_path / "nowhere.safetensors")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth"):
+        backbone_state(tmp_path / "list.pth")
+
+
+def test_a_folder_as_hugging_face_lays_it_out_is_a_backbone(tmp_path, clip):
+    torch.save(clip, tmp_path / "pytorch_model.bin")
+    assert backbone_state(tmp_path).keys() == backbone_state(CLIP).keys()
+    with pytest.raises(FileNotFoundError):
+        backbone_state(tmp_path / "..")
+
+
+def test_the_norm_follows_the_backbone_until_it_is_trained_or_loaded(clip):
+    cfg = Backbone.from_weights(clip)
+    model = VisualAD.from_backbone(cfg, CLIP, layers=(2, 4), image_size=84)
+    assert torch.equal(model.norm.weight, clip["visual.ln_post.weight"].float())
+    assert model.tokens.std() < 0.02 and model.layers == (2, 4) and model.image_size == 84
+    other = {**clip, "visual.ln_post.weight": clip["visual.ln_post.weight"] + 1}
+    model.load_backbone(other)
+    assert torch.equal(model.norm.weight, other["visual.ln_post.weight"].float())
+    model.norm.weight.data[0] += 1e-6  # trained
+    model.load_backbone(clip)
+    assert torch.equal(model.backbone.norm.weight, clip["visual.ln_post.weight"].float())
+    assert not torch.equal(model.norm.weight, model.backbone.norm.weight)
+    loaded = VisualAD.from_pretrained(OFFICIAL, backbone_weights=CLIP, final_norm="checkpoint")
+    trained = loaded.norm.weight.clone()
+    assert torch.equal(loaded.load_backbone(other).norm.weight, trained)
+
+
+def test_a_backbone_that_is_hosted_nowhere_needs_weights():
+    with pytest.raises(ValueError, match="backbone_weights"):
+        VisualAD.from_backbone(SMALL)
+    tiny = VisualAD.from_backbone("tiny")
+    bundled = VisualAD.from_pretrained("tiny")
+    assert torch.equal(tiny.backbone.blocks[0].qkv.weight, bundled.backbone.blocks[0].qkv.weight)
+    assert not torch.equal(tiny.tokens, bundled.tokens) and tiny.threshold is None
+
+
+# --- the authors' checkpoints
+
+
+def test_layers_size_and_anchors_come_from_the_checkpoint(official):
+    assert official.layers == (2, 4) and official.image_size == 84 and official.anchors == 4
+    assert official.sca["2"].pos.shape == (6, 6, 128) and not official.training
+    assert not any(p.requires_grad for p in official.backbone.parameters())
+    assert all(p.requires_grad for k, p in official.named_parameters() if not k.startswith("backbone."))
+
+
+def test_the_position_tables_rows_are_read_in_raster_order(official, checkpoint):
+    flat = checkpoint["cross_attn"]["layer_attentions.layer_4.pos_encoding"][0]
+    assert torch.equal(official.sca["4"].pos[2, 5], flat[2 * 6 + 5])
+
+
+def test_unknown_metadata_is_ignored_and_unknown_tensors_are_not(checkpoint, tmp_path):
+    path = save_checkpoint(
+        {**checkpoint, "note": "hello", "loss_history": [1.0], "args": {"lr": 0.1}}, tmp_path
+    )
+    VisualAD.from_pretrained(path, backbone_weights=CLIP)
+    path = save_checkpoint({**checkpoint, "surprise": torch.zeros(2)}, tmp_path)
+    with pytest.raises(ValueError, match="surprise"):
+        VisualAD.from_pretrained(path, backbone_weights=CLIP)
+    del checkpoint["cross_attn"]["layer_attentions.layer_2.res_scale"]
+    path = save_checkpoint(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match=r"missing: sca\.2\.alpha"):
+        VisualAD.from_pretrained(path, backbone_weights=CLIP)
+
+
+def test_a_checkpoint_without_a_trained_norm_says_so_only_when_asked(checkpoint, tmp_path):
+    path = save_checkpoint({**checkpoint, "ln_post_weight": None, "ln_post_bias": None}, tmp_path)
+    VisualAD.from_pretrained(path, backbone_weights=CLIP)
+    with pytest.raises(ValueError, match=r"missing: norm\.weight"):
+        VisualAD.from_pretrained(path, backbone_weights=CLIP, final_norm="checkpoint")
+    with pytest.raises(ValueError, match="final_norm"):
+        VisualAD.from_pretrained(path, backbone_weights=CLIP, final_norm="both")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(image_size=14 * 40), "1536 positions, wanted 40 x 40"),
+        (dict(features_list=[2]), "unknown"),
+        (dict(features_list=None), "lacks features_list"),
+        (dict(cross_attn_config={"num_anchors": 5}), "another shape"),
+    ],
+)
+def test_metadata_that_does_not_fit_the_tensors_is_an_error(checkpoint, tmp_path, change, message):
+    path = save_checkpoint({**checkpoint, **change}, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        VisualAD.from_pretrained(path, backbone_weights=CLIP)
+
+
+def test_other_pth_files_and_unlisted_backbones_are_explained(checkpoint, tmp_path, clip):
+    with pytest.raises(ValueError, match="ViT-tiny-golden.*backbone_weights"):
+        VisualAD.from_pretrained(OFFICIAL)
+    torch.save(clip, tmp_path / "clip.pth")
+    with pytest.raises(ValueError, match="no VisualAD checkpoint.*features_list"):
+        VisualAD.from_pretrained(tmp_path / "clip.pth", backbone_weights=CLIP)
+    path = save_checkpoint({**checkpoint, "backbone": "ViT-L/14@336px"}, tmp_path)
+    with pytest.raises(ValueError, match="does not fit"):
+        VisualAD.from_pretrained(path, backbone_weights=CLIP)
+
+
+# --- ours
+
+
+def test_saving_and_loading_is_bit_exact_for_a_backbone_hosted_nowhere(model, tmp_path):
+    model.threshold, model.display_high = dict(value=0.1, size=[56, 56], sigma=4.0, made="x"), 0.7
+    model.norm.weight.data += 0.1
+    model.save_pretrained(tmp_path)
+    loaded = VisualAD.from_pretrained(tmp_path)
+    assert same(model, loaded) and loaded.config() == model.config() and loaded.backbone.cfg == SMALL
+    images = torch.rand(2, 3, 56, 56)
+    assert torch.equal(model.infer(images)[0], loaded.infer(images)[0])
+
+
+def test_a_hosted_backbone_is_not_saved_and_comes_from_where_it_is_hosted(monkeypatch, tmp_path, clip):
+    cfg = replace(Backbone.from_weights(clip), repo="org/clip", layers=(2, 4), image_size=84)
+    monkeypatch.setitem(BACKBONES, "listed", cfg)
+    model = VisualAD.from_backbone("listed", CLIP).eval()
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.learned().keys()
+    assert json.loads((tmp_path / "config.json").read_text())["backbone"] == "listed"
+    asked = []
+    monkeypatch.setattr(
+        visualad, "fetch", lambda repo, file, hub, instead: asked.append((repo, file)) or CLIP
+    )
+    assert same(model, VisualAD.from_pretrained(tmp_path)) and asked == [("org/clip", "model.safetensors")]
+    assert same(model, VisualAD.from_pretrained(tmp_path, backbone_weights=clip)) and len(asked) == 1
+
+
+def test_the_lone_file_is_complete_and_its_header_decides(model, tmp_path):
+    model.save_pretrained(tmp_path, config={"data": "mine"})
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "moved.safetensors"
+    (tmp_path / "model.safetensors").rename(file)
+    assert same(model, VisualAD.from_pretrained(file)) and same(model, VisualAD.from_pretrained(str(file)))
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    assert header["format"] == "pt" and json.loads(header["config"])["data"] == "mine"
+    with pytest.raises(FileNotFoundError):
+        VisualAD.from_pretrained(tmp_path)
+
+
+def test_config_json_is_a_copy_of_the_header(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]) == json.loads((tmp_path / "config.json").read_text())
+
+
+def test_final_norm_chooses_for_our_files_too(model, tmp_path):
+    model.norm.weight.data += 0.1
+    model.save_pretrained(tmp_path)
+    assert same(model, VisualAD.from_pretrained(tmp_path, final_norm="checkpoint"))
+    plain = VisualAD.from_pretrained(tmp_path, final_norm="backbone")
+    assert torch.equal(plain.norm.weight, model.backbone.norm.weight)
+    plain.norm.weight.data += 1  # not the same memory
+    assert torch.equal(plain.backbone.norm.weight, model.backbone.norm.weight)
+
+
+def test_a_backbones_file_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="config in its header.*backbone_weights"):
+        VisualAD.from_pretrained(CLIP)
+    save_file({"tokens": torch.zeros(2, 2)}, tmp_path / "a.safetensors", {"config": '{"backbone": "vit-x"}'})
+    with pytest.raises(ValueError, match="vit-x"):
+        VisualAD.from_pretrained(tmp_path / "a.safetensors")
+    save_file({"tokens": torch.zeros(2, 2)}, tmp_path / "a.safetensors", {"config": '{"backbone": "tiny"}'})
+    with pytest.raises(ValueError, match="layers"):
+        VisualAD.from_pretrained(tmp_path / "a.safetensors")
+
+
+def test_an_edited_or_truncated_file_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if k != "sca.2.alpha"}, tmp_path / "b.safetensors", header)
+    with pytest.raises(ValueError, match=r"missing: sca\.2\.alpha"):
+        VisualAD.from_pretrained(tmp_path / "b.safetensors")
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        VisualAD.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_loses_nothing(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    model.tokens.data += 1
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_the_model_is_written_after_its_copies_and_an_edited_card_is_kept(model, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(visualad, "write_atomic", lambda path, data: written.append(path.name))
+    model.save_pretrained(tmp_path)
+    assert written == ["README.md", "config.json", "model.safetensors"]
+    monkeypatch.undo()
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_card_tells_how_to_load_and_carries_notes(model, tmp_path):
+    model.save_pretrained(tmp_path / "m", repo_id="me/m", model_card_kwargs={"notes": "Trained on {braces}."})
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert 'VisualAD.from_pretrained("me/m")' in card and "Trained on {braces}." in card
+    assert card.startswith("---\nlibrary_name: visualad\n")
+
+
+def test_dtype_casts_the_frozen_blocks_only(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    half = VisualAD.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, parameter in half.named_parameters():
+        frozen = name.startswith("backbone.") and not name.startswith("backbone.norm.")
+        assert parameter.dtype == (torch.bfloat16 if frozen else torch.float32), name
+    maps, score = half.infer(torch.rand(1, 3, 56, 56))
+    assert maps.dtype == score.dtype == torch.float32
+
+
+@pytest.mark.parametrize("source", ["no-such-model", "no/such/model/here", "gone.safetensors", "a/gone.pth"])
+def test_unknown_sources_list_what_is_taken(source):
+    with pytest.raises(FileNotFoundError, match="clip-vit-l14-336-visa.*Hugging Face repo id"):
+        VisualAD.from_pretrained(source)
+
+
+def test_loading_draws_no_random_numbers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    VisualAD.from_pretrained(tmp_path)
+    assert torch.equal(torch.rand(3), want)

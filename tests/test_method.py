@@ -1,0 +1,179 @@
+"""What the method promises whatever the weights: pytest tests/test_method.py"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import SMALL
+
+from visualad import BACKBONES, VisualAD, smooth, upsample
+
+
+def test_swapping_the_tokens_flips_the_map(model):
+    images = torch.rand(1, 3, 56, 56)
+    with torch.no_grad():
+        before = model(images)
+        model.tokens.data = model.tokens.data.flip(0)
+        after = model(images)
+    torch.testing.assert_close(after.map, -before.map, rtol=0, atol=1e-5)
+    torch.testing.assert_close(after.tokens, before.tokens.flip(1), rtol=0, atol=1e-5)
+
+
+def test_an_sca_of_scale_zero_hands_the_token_on(model):
+    sca = model.sca["2"]
+    tokens, patches = torch.randn(3, 2, 64), torch.randn(3, 16, 64)
+    assert not torch.equal(sca(tokens, patches, (4, 4)), tokens)
+    sca.alpha.data.zero_()
+    assert torch.equal(sca(tokens, patches, (4, 4)), tokens)
+
+
+def test_each_token_drops_attention_of_its_own_in_training(model):
+    sca = model.sca["2"].train()
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 1, 64).expand(-1, 2, -1)
+    sca.dropout.p, patches = 0.5, torch.randn(1, 16, 64)
+    a, n = sca(tokens, patches, (4, 4)).unbind(1)
+    assert not torch.equal(a, n)
+
+
+def test_each_image_is_scored_alone(model):
+    images = torch.rand(3, 3, 56, 56)
+    together = model.infer(images)
+    for i in range(3):
+        alone = model.infer(images[i : i + 1])
+        torch.testing.assert_close(alone[0][0], together[0][i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone[1][0], together[1][i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (42, 98), (14, 140)])
+def test_infer_is_forwards_map_smoothed_and_scored(model, size):
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        out = model(images)
+    assert out.map.shape == (2, *size) and out.layer_maps.shape == (2, 2, *size)
+    torch.testing.assert_close(out.layer_maps.sum(1), out.map)
+    smoothed, score = model.infer(images, sigma=2.0)
+    torch.testing.assert_close(smoothed, smooth(out.map, 2.0), rtol=0, atol=1e-5)
+    plain, plain_score = model.infer(images, sigma=0)
+    torch.testing.assert_close(plain, out.map, rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain_score, out.score, rtol=0, atol=1e-5)
+
+
+def test_infer_has_no_dropout_and_leaves_the_mode_as_it_was(model):
+    images = torch.rand(1, 3, 56, 56)
+    want = model.infer(images)[0]
+    model.train()
+    assert not torch.equal(model(images).map, model(images).map)
+    assert torch.equal(model.infer(images)[0], want) and model.training and model.sca["2"].training
+    model.backbone.forward = None  # whatever goes wrong inside
+    with pytest.raises(TypeError):
+        model.infer(images)
+    assert model.training and model.sca["2"].training
+
+
+def test_map_values_stay_within_twice_the_number_of_layers(model):
+    saf = model.saf["2"]
+    token = model.tokens.data[0] - model.tokens.data[1]
+    for fc in (saf.fc1, saf.fc2):
+        fc.weight.data.zero_()
+    saf.fc2.bias.data = token / token.norm()
+    assert model(torch.rand(2, 3, 56, 56)).map.abs().max() <= 2 * len(model.layers)
+
+
+def test_what_is_learned_is_what_has_a_gradient(model):
+    out = model.train()(torch.rand(2, 3, 56, 56))
+    (out.map.mean() + out.tokens.sum()).backward()
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(model.learned()) and {"tokens", "norm.weight", "norm.bias"} < trained
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (key in trained), key
+
+
+def test_the_trained_norm_is_used_and_the_backbones_own_kept(model):
+    images = torch.rand(1, 3, 56, 56)
+    plain, before = model.backbone(images), model(images).map
+    model.norm.weight.data += torch.rand(64)
+    assert not torch.equal(model(images).map, before)
+    assert torch.equal(model.backbone(images)[4], plain[4])
+
+
+def test_without_guests_the_backbone_is_a_plain_vit(model):
+    images = torch.rand(1, 3, 56, 56)
+    assert model.backbone(images)[4].shape == (1, 17, 64)
+    model.tokens.data += 1
+    assert torch.equal(model.backbone(images)[4], copy.deepcopy(model.backbone)(images)[4])
+
+
+def test_sca_positions_are_resampled_to_the_grid(model):
+    table = model.sca["4"].pos
+    seen = []
+    model.sca["4"].k.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    patches = torch.zeros(1, 21, 64)
+    model.sca["4"](torch.zeros(1, 2, 64), patches, (3, 7))
+    want = upsample(table.permute(2, 0, 1)[None], (3, 7))[0].permute(1, 2, 0).reshape(1, 21, 64)
+    torch.testing.assert_close(seen[0], want)
+
+
+def test_forward_compiles_as_one_graph(model):
+    images = torch.rand(2, 3, 56, 56)
+    with torch.no_grad():
+        got, want = torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.rand(3, 56, 56), r"\[3, 56, 56\]"),
+        (torch.rand(1, 4, 56, 56), r"\[1, 4, 56, 56\]"),
+        (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), "uint8"),
+        ([1, 2], "list"),
+        (None, "NoneType"),
+        (torch.rand(1, 3, 56, 60), "60; near: 56, 70"),
+        (torch.rand(1, 3, 7, 56), "7; near: 14, 28"),
+        (torch.rand(1, 3, 0, 56), "0; near"),
+    ],
+)
+def test_bad_images_are_named_at_the_door(model, images, message):
+    for call in (model, model.infer):
+        with pytest.raises(ValueError, match=message):
+            call(images)
+
+
+@pytest.mark.parametrize("sigma", [-1.0, float("nan"), float("inf")])
+def test_bad_sigmas_are_refused(model, sigma):
+    with pytest.raises(ValueError, match="sigma"):
+        model.infer(torch.rand(1, 3, 56, 56), sigma=sigma)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(backbone="clip-vit-l15"), "clip-vit-l14-336"),
+        (dict(backbone=SMALL, layers=(1, 5)), r"1\.\.4"),
+        (dict(backbone=SMALL, image_size=60), "near: 56, 70"),
+    ],
+)
+def test_bad_models_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VisualAD(**arguments)
+
+
+def test_a_half_precision_backbone_keeps_what_was_learned_in_fp32(model):
+    images = torch.rand(2, 3, 56, 56)
+    want = model.infer(images)[0]
+    for name, parameter in model.backbone.named_parameters():
+        parameter.data = parameter.data if name.startswith("norm.") else parameter.data.bfloat16()
+    got = model.infer(images)[0]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05)
+
+
+def test_input_sizes_of_the_list_are_multiples_of_their_patch():
+    with torch.device("meta"):
+        sizes = {name: VisualAD(name).image_size for name in BACKBONES if "g14" not in name}
+    assert sizes.pop("tiny") == 160 and sizes.pop("clip-vit-b32") == sizes.pop("clip-vit-b16") == 512
+    assert set(sizes.values()) == {518}
