@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from visualad import BACKBONES, VisualAD, smooth, upsample
+from visualad import BACKBONES, Backbone, Block, VisualAD, smooth, upsample
 
 
 def test_swapping_the_tokens_flips_the_map(model):
@@ -170,6 +170,16 @@ def test_a_half_precision_backbone_keeps_what_was_learned_in_fp32(model):
     got = model.infer(images)[0]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=0, atol=0.05)
+
+
+def test_the_faster_bf16_attention_of_a_cpu_is_the_same_attention(model):
+    block, x = model.backbone.blocks[0].bfloat16(), torch.randn(3, 21, 64).bfloat16()
+    fused = block(x)  # with gradients: torch's own kernel
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), fused, rtol=0, atol=0.05)
+        wide = Block(Backbone(192, 1, 3, 14, 4)).bfloat16()  # an odd number of heads
+        x = torch.randn(3, 21, 192).bfloat16()
+        torch.testing.assert_close(wide(x).float(), copy.deepcopy(wide).float()(x.float()), rtol=0, atol=0.1)
 
 
 def test_input_sizes_of_the_list_are_multiples_of_their_patch():

@@ -1,0 +1,149 @@
+"""Speed and memory as ratios within one run: python tests/benchmark.py [--only NAME ...]
+
+Rates are FLOPs of the model's matrix products, counted by torch, over time, against plain products of the
+model's own shapes right before and after. Weights are random: they do not matter here. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from visualad import VisualAD, find_device, main  # noqa: E402
+
+
+def seconds(function, repeat: int = 3) -> float:
+    """The fastest of a few runs, after one that warms up."""
+    function()
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of the four products of a ViT-L block at 518 px: 1372 rows, width 1024."""
+    rows, width = 1372, 1024
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    options = dict(device=device, dtype=dtype)
+    pairs = [(torch.randn(rows, a, **options), torch.randn(a, b, **options)) for a, b in shapes]
+    flops = sum(2 * rows * a * b for a, b in shapes)
+    return 5 * flops / seconds(lambda: [a @ b for _ in range(5) for a, b in pairs])
+
+
+@torch.no_grad()
+def inference(dtype: torch.dtype, device: str) -> None:
+    """clip-vit-l14-336 at 518 px against the machine's own matrix-multiply rate."""
+    model = VisualAD("clip-vit-l14-336").to(device).eval()
+    for name, parameter in model.backbone.named_parameters():
+        parameter.data = parameter.data if name.startswith("norm.") else parameter.data.to(dtype)
+    images = torch.rand(1, 3, 518, 518, device=device)
+    # torch counts no FLOPs in the CPU's fused attention: count with the plain one
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.infer(images)
+    flops, before = counter.get_total_flops(), matmul_rate(dtype, device)
+    took = seconds(lambda: model.infer(images))
+    rate, reached = max(before, matmul_rate(dtype, device)), flops / took
+    print(
+        f"clip-vit-l14-336, 518 px, {str(dtype)[6:]}, {device}: {took:.2f} s an image, "
+        f"{reached / 1e9:.0f} GFLOP/s; matmul {rate / 1e9:.0f} GFLOP/s; ratio {reached / rate:.2f}"
+    )
+
+
+def end_to_end(_dtype: torch.dtype, device: str) -> None:
+    """tiny on 518 px files: decoding, scoring, heatmaps written."""
+    from PIL import Image
+
+    rng, count = np.random.default_rng(0), 64
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            pixels = rng.integers(0, 255, (65, 65, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((518, 518), Image.BICUBIC).save(f"{folder}/{i}.png")
+        arguments = [folder, "--out", f"{folder}/out", "--device", device]
+        start = time.perf_counter()
+        command = [sys.executable, str(ROOT / "visualad.py"), *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        whole = time.perf_counter() - start
+        model, files = VisualAD.from_pretrained("tiny", device=device), sorted(Path(folder).glob("*.png"))
+        predict = count / seconds(lambda: model.predict(files))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            scored = count / seconds(lambda: main(arguments))
+    print(
+        f"tiny, {count} PNG files of 518 px, {device}: predict {predict:.0f} images/s; with heatmaps written "
+        f"{scored:.0f} images/s; the whole command, start included, {whole:.1f} s"
+    )
+
+
+def imports(*_) -> None:
+    """What `import visualad` adds to `import torch`."""
+    code = "import time, torch; t = time.perf_counter(); import visualad; print(time.perf_counter() - t)"
+    times = [float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)) for _ in range(3)]
+    print(f"import visualad after import torch: {min(times):.3f} s")
+
+
+def memory(dtype: torch.dtype, device: str) -> None:
+    """The peak of one image above the weights, in a process of its own; on CUDA the allocator's peak."""
+    code = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from visualad import VisualAD
+model = VisualAD("clip-vit-l14-336").to({device!r}).eval()
+for name, parameter in model.backbone.named_parameters():
+    parameter.data = parameter.data if name.startswith("norm.") else parameter.data.to({dtype})
+weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+images = torch.rand(1, 3, 518, 518, device={device!r})
+if {device!r} == "cuda":
+    torch.cuda.reset_peak_memory_stats()
+    model.infer(images)
+    print(weights, torch.cuda.max_memory_allocated() / 2**20 - weights)
+else:
+    import threading, time
+    page, base, peak, done = resource.getpagesize(), None, 0, False
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page / 2**20
+    def watch():
+        global peak
+        while not done:
+            peak = max(peak, resident())
+            time.sleep(0.002)
+    base = resident()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model.infer(images)
+    done = True
+    thread.join()
+    print(weights, peak - base)
+"""
+    weights, extra = map(float, subprocess.check_output([sys.executable, "-c", code]).split())
+    print(
+        f"clip-vit-l14-336, one image of 518 px, {str(dtype)[6:]}, {device}: weights {weights:.0f} MiB, "
+        f"peak {extra:.0f} MiB above"
+    )
+
+
+if __name__ == "__main__":
+    parts = dict(inference=inference, end_to_end=end_to_end, imports=imports, memory=memory)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    only, device = parser.parse_args().only, find_device()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}", flush=True)
+    for name in only:
+        for dtype in (torch.float32, torch.bfloat16) if name in ("inference", "memory") else (torch.float32,):
+            parts[name](dtype, device)
+            sys.stdout.flush()
