@@ -742,7 +742,7 @@ def loss(out: Output, mask: torch.Tensor) -> torch.Tensor:
     return image + focal + dice + token
 
 
-def train(images: int, batch: int, lr: float, workers: int, out: Path) -> VisualAD:
+def train(images: int, batch: int, lr: float, workers: int, out: Path, held_out: int = 512) -> VisualAD:
     """Backbone, tokens, SCA and SAF from scratch; returns the average of the last steps' weights."""
     torch.manual_seed(SEED)
     device = find_device()
@@ -758,7 +758,7 @@ def train(images: int, batch: int, lr: float, workers: int, out: Path) -> Visual
     steps = images // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     pictures = Pictures(TRAIN, steps * batch, model.image_size)
-    loader = torch.utils.data.DataLoader(pictures, batch, num_workers=workers, prefetch_factor=8)
+    loader = torch.utils.data.DataLoader(pictures, batch, num_workers=workers)
     start, running = time.time(), 0.0
     for step, (x, mask) in enumerate(loader, 1):
         x, mask = x.to(device), mask.to(device)
@@ -777,7 +777,7 @@ def train(images: int, batch: int, lr: float, workers: int, out: Path) -> Visual
             rate = step * batch / (time.time() - start)
             print(f"{step * batch:7d} images  loss {running:.4f}  {rate:.0f} images/s", flush=True)
         if step % 1000 == 0 or step == steps:
-            print(report("select", average.module.infer, procedural(SELECT, 512)), flush=True)
+            print(report("select", average.module.infer, procedural(SELECT, held_out)), flush=True)
             save(average.module, out)
     return average.module
 
@@ -802,7 +802,7 @@ def decide(model: VisualAD, count: int = 2000) -> None:
     value = sorted(normal)[math.ceil(0.95 * len(normal)) - 1]
     made = f"0.95 of {len(normal)} procedural normal images"
     model.threshold = dict(value=value, size=[model.image_size] * 2, sigma=4.0, made=made)
-    model.display_high = float(np.quantile(peaks, 0.9))
+    model.display_high = max(float(np.quantile(peaks, 0.9)), 0.01)
 
 
 # ---- measuring

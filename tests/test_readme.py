@@ -1,0 +1,71 @@
+"""What README shows runs as it stands: pytest tests/test_readme.py"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import visualad
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What a clone holds for its user, in another folder."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("visualad.py", "hubconf.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("examples", "weights"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def run(command: list[str], folder) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_run(code, clone):
+    if code.startswith("# needs the network"):
+        compile(code, "README.md", "exec")
+        for name in re.findall(r'from_pretrained\("([^"]+)"', code):
+            assert name in visualad.PRETRAINED
+    else:
+        assert run([sys.executable, "-c", code], clone)
+
+
+def test_the_first_command_scores_every_example(clone):
+    (command,) = re.findall(r"^pip install .* && (python visualad.py .*)$", README, re.MULTILINE)
+    printed = run([sys.executable, *command.split()[1:]], clone)
+    examples = visualad.image_files(clone / "examples")
+    assert len(visualad.image_files(clone / "heatmaps")) == len(examples) >= 6
+    for path in examples:
+        assert str(path.relative_to(clone)) in printed
+
+
+def test_the_two_commands_are_one_line_each_and_ci_finds_the_second():
+    lines = [line for line in README.splitlines() if line.startswith("pip install")]
+    assert len(lines) == 2 and sum("pytest" in line for line in lines) == 1
+
+
+def test_files_and_names_that_are_mentioned_exist():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    flags = set(
+        re.findall(
+            r"--[a-z-]+", README.partition("python visualad.py IMAGE_OR_FOLDER")[2].partition("```")[0]
+        )
+    )
+    printed = run([sys.executable, "visualad.py", "--help"], ROOT)
+    assert flags == set(re.findall(r"--[a-z-]+", printed)) - {"--help"}
+    for name in re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE):
+        assert name in visualad.PRETRAINED
