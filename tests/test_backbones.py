@@ -255,6 +255,38 @@ def test_sizes_read_off_the_tensors_are_those_of_the_list(name):
     assert found.layers == listed.layers or name == "tiny"
 
 
+def test_the_list_says_what_the_owners_say():
+    def sizes(name):
+        cfg = BACKBONES[name]
+        return cfg.width, cfg.depth, cfg.heads, cfg.patch, cfg.grid, cfg.registers
+
+    assert [sizes(f"clip-vit-{n}") for n in ("b32", "b16", "l14", "l14-336")] == [
+        (768, 12, 12, 32, 7, 0), (768, 12, 12, 16, 14, 0),
+        (1024, 24, 16, 14, 16, 0), (1024, 24, 16, 14, 24, 0),
+    ]  # fmt: skip
+    dino = [("s", 384, 12, 6), ("b", 768, 12, 12), ("l", 1024, 24, 16), ("g", 1536, 40, 24)]
+    for letter, width, depth, heads in dino:
+        assert sizes(f"dinov2-vit-{letter}14") == (width, depth, heads, 14, 37, 0)
+        assert sizes(f"dinov2-vit-{letter}14-reg") == (width, depth, heads, 14, 37, 4)
+    assert BACKBONES["dinov2-vit-g14"].hidden == 4096 and BACKBONES["dinov2-vit-g14"].activation == "swiglu"
+    for name, cfg in BACKBONES.items():
+        clip = name.startswith("clip")
+        assert cfg.mean == ((0.48145466, 0.4578275, 0.40821073) if clip else (0.485, 0.456, 0.406))
+        assert cfg.std == ((0.26862954, 0.26130258, 0.27577711) if clip else (0.229, 0.224, 0.225))
+        kind = "bilinear" if clip else "bicubic-antialias" if cfg.registers else "bicubic"
+        assert (cfg.eps, cfg.pre_norm, cfg.resample) == (1e-5 if clip else 1e-6, clip, kind)
+    repos = {name: cfg.repo for name, cfg in BACKBONES.items() if cfg.repo}
+    assert repos == {
+        "clip-vit-b32": "openai/clip-vit-base-patch32", "clip-vit-b16": "openai/clip-vit-base-patch16",
+        "clip-vit-l14": "openai/clip-vit-large-patch14",
+        "clip-vit-l14-336": "timm/vit_large_patch14_clip_336.openai",
+        **{f"dinov2-vit-{s[0]}14": f"facebook/dinov2-{s}" for s in ("small", "base", "large", "giant")},
+        **{f"dinov2-vit-{s[0]}14-reg": f"facebook/dinov2-with-registers-{s}"
+           for s in ("small", "base", "large", "giant")},
+    }  # fmt: skip
+    assert {cfg.file for cfg in BACKBONES.values()} == {"model.safetensors", "open_clip_model.safetensors"}
+
+
 def test_what_tensors_cannot_tell_can_be_overridden():
     cfg = Backbone.from_weights(
         backbone_state(reference("clip").state_dict()), activation="gelu", layers=(2, 3)

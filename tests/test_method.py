@@ -11,6 +11,10 @@ from conftest import SMALL
 from visualad import BACKBONES, Backbone, Block, VisualAD, smooth, upsample
 
 
+def test_layers_are_sorted_and_counted_once():
+    assert VisualAD(SMALL, layers=(4, 2, 2)).layers == (2, 4)
+
+
 def test_swapping_the_tokens_flips_the_map(model):
     images = torch.rand(1, 3, 56, 56)
     with torch.no_grad():
@@ -38,6 +42,42 @@ def test_each_token_drops_attention_of_its_own_in_training(model):
     assert not torch.equal(a, n)
 
 
+def test_fresh_modules_start_as_the_program_starts_them():
+    torch.manual_seed(0)
+    model = VisualAD("dinov2-vit-s14", layers=(3, 12))
+    assert model.tokens.std().item() == pytest.approx(0.1 / 384**0.5, rel=0.1)
+    for sca in model.sca.values():
+        assert sca.alpha.item() == pytest.approx(0.01) and sca.dropout.p == 0.1
+        assert sca.anchors.shape == (4, 384) and sca.pos.shape == (37, 37, 384)
+        for table in (sca.anchors, sca.pos):
+            assert table.std().item() == pytest.approx(0.02, rel=0.1)
+        for linear in (sca.q, sca.k, sca.v, sca.out):  # Xavier uniform: +- sqrt(6 / (in + out))
+            assert linear.weight.abs().max().item() == pytest.approx((6 / 768) ** 0.5, rel=0.01)
+        assert (
+            sca.q.bias is sca.k.bias is sca.v.bias is None and not sca.out.bias.any() and sca.gate.bias.any()
+        )
+        assert sca.gate.weight.abs().max() <= 384**-0.5
+    for saf in model.saf.values():
+        assert not saf.fc1.bias.any() and not saf.fc2.bias.any() and saf.dropout.p == 0.1
+        for linear in (saf.fc1, saf.fc2):
+            assert linear.weight.abs().max().item() == pytest.approx((6 / 768) ** 0.5, rel=0.01)
+    assert model.norm.eps == model.backbone.norm.eps == 1e-6 and VisualAD("clip-vit-b32").norm.eps == 1e-5
+
+
+def test_saf_is_two_layers_each_followed_by_dropout(model):
+    saf, x = model.saf["2"], torch.randn(2, 16, 64)
+    torch.testing.assert_close(saf(x), saf.fc2(torch.nn.functional.gelu(saf.fc1(x))))
+    saf.train().dropout.p = 0.5
+    saf.fc1.weight.data.zero_()
+    saf.fc1.bias.data.fill_(1.0)  # 64 equal inner values, of which dropout takes about half
+    saf.fc2.weight.data.copy_(torch.eye(64))
+    out = saf(x).detach()
+    inner = torch.nn.functional.gelu(torch.tensor(1.0))
+    values = (out / inner).round(decimals=3).unique().tolist()
+    assert values == [0.0, 4.0]  # once doubled by each dropout, or dropped
+    assert (out == 0).float().mean().item() == pytest.approx(0.75, abs=0.08)
+
+
 def test_each_image_is_scored_alone(model):
     images = torch.rand(3, 3, 56, 56)
     together = model.infer(images)
@@ -56,6 +96,7 @@ def test_infer_is_forwards_map_smoothed_and_scored(model, size):
     torch.testing.assert_close(out.layer_maps.sum(1), out.map)
     smoothed, score = model.infer(images, sigma=2.0)
     torch.testing.assert_close(smoothed, smooth(out.map, 2.0), rtol=0, atol=1e-5)
+    assert not smoothed.requires_grad and not score.requires_grad
     plain, plain_score = model.infer(images, sigma=0)
     torch.testing.assert_close(plain, out.map, rtol=0, atol=1e-5)
     torch.testing.assert_close(plain_score, out.score, rtol=0, atol=1e-5)
@@ -84,6 +125,7 @@ def test_map_values_stay_within_twice_the_number_of_layers(model):
 
 def test_what_is_learned_is_what_has_a_gradient(model):
     out = model.train()(torch.rand(2, 3, 56, 56))
+    assert out.tokens.requires_grad
     (out.map.mean() + out.tokens.sum()).backward()
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
     assert trained == set(model.learned()) and {"tokens", "norm.weight", "norm.bias"} < trained

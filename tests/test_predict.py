@@ -78,6 +78,14 @@ def test_sixteen_bits_are_kept(tiny, tmp_path):
     assert torch.equal(to_tensor(grey // 257 * 257), to_tensor((grey // 257).astype(np.uint8)))
 
 
+def test_floats_between_the_256_levels_are_not_rounded():
+    deep = torch.rand(3, 9, 9)
+    assert torch.equal(to_tensor(deep), deep)
+    assert (
+        to_tensor(deep * 0 + 0.5005).dtype == torch.float32 and to_tensor(deep * 0 + 0.2).dtype == torch.uint8
+    )
+
+
 def test_exif_orientation_is_honoured(tiny, tmp_path):
     pixels = picture()
     exif = Image.Exif()
@@ -224,6 +232,15 @@ def test_calibrate_sets_the_quantile_of_normal_scores_and_it_is_saved(quantile, 
     )
 
 
+def test_calibrate_keeps_the_size_and_sigma_it_was_made_at():
+    model = VisualAD.from_pretrained("tiny")
+    value = model.calibrate([picture()], size=(80, 96), sigma=1.0)
+    assert model.threshold["size"] == [80, 96] and model.threshold["sigma"] == 1.0
+    assert value == model.predict(picture(), size=(80, 96), sigma=1.0).score
+    assert model.predict(picture(), size=(80, 96), sigma=1.0).anomalous is False
+    assert model.predict(picture()).anomalous is None
+
+
 def test_calibrate_refuses_nothing_and_nonsense(tiny):
     with pytest.raises(ValueError, match="at least one"):
         tiny.calibrate([])
@@ -239,6 +256,8 @@ def test_the_overlay_is_plain_at_low_and_red_at_high():
     assert np.array_equal(np.array(overlay(pixels, heat - 5, high=1.0)), pixels)
     heat[10, 20], heat[30, 40] = 1.0, 7.0
     drawn = np.array(overlay(Image.fromarray(pixels), heat, high=1.0))
+    middle = np.array(overlay(np.zeros((1, 1, 3), np.uint8), np.full((1, 1), 0.5), high=1.0))
+    assert middle.tolist() == [[[128, 64, 0]]]  # half the way, half yellow, half red
     assert drawn[10, 20].tolist() == drawn[30, 40].tolist() == [255, 0, 0]
     changed = (drawn != pixels).any(axis=2)
     assert changed.sum() == 2
@@ -338,6 +357,8 @@ def test_bad_arguments_are_refused(tiny):
 
 def test_scores_that_are_not_finite_are_an_error_not_a_verdict(tiny):
     model = VisualAD.from_pretrained("tiny")
-    model.tokens.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        model.predict(picture())
+    model.norm.weight.data[0] = 1e38
+    for broken in (float("nan"), float("inf")):
+        model.tokens.data[0, 0] = broken
+        with pytest.raises(ValueError, match="not finite"):
+            model.predict([picture(), picture(seed=1)])
