@@ -215,6 +215,7 @@ def test_clip_with_projection_text_tower_or_prefix_loads_its_vision_half():
         "text_model.embeddings.position_ids": torch.arange(8)[None],
         "text_projection.weight": torch.zeros(8, 8),
         "logit_scale": torch.tensor(1.0),
+        "logit_bias": torch.tensor(1.0),
         "vision_model.embeddings.position_ids": torch.arange(17)[None],
     }
     a, b = backbone_state(plain), backbone_state({**prefixed, **extra})
@@ -227,6 +228,8 @@ def test_the_text_tower_of_an_openai_file_is_not_taken_for_the_vision_tower():
     assert "positional_embedding" in text and any(k.startswith("transformer.") for k in text)
     with pytest.raises(ValueError, match="no vision transformer"):
         backbone_state(text)
+    archive = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # OpenAI's, open_clip's
+    file |= {name: torch.tensor(7) for name in archive}
     assert backbone_state(file)["pos_embed"].shape == (1, 17, 128)
 
 

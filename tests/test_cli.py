@@ -12,7 +12,7 @@ from conftest import GOLDEN, ROOT
 from PIL import Image
 from test_predict import picture
 
-from visualad import VisualAD, main
+from visualad import VisualAD, main, overlay
 
 
 @pytest.fixture
@@ -74,10 +74,15 @@ def test_thresholds_from_the_command_line_and_from_normal_images(images, capsys)
         return [i["anomalous"] for i in json.loads((images / "r.json").read_text())["images"]]
 
     assert verdicts("--threshold", "-9") == [True] * 4 and verdicts("--threshold", "9") == [False] * 4
+    zero = [i["score"] > 0 for i in json.loads((images / "r.json").read_text())["images"]]
+    assert verdicts("--threshold", "0") == zero
     assert verdicts("--size", "80") == [None] * 4
     assert verdicts("--size", "80", "--threshold", "9") == [False] * 4
     (images / "in" / "broken.png").unlink()
     assert verdicts("--calibrate", "in") == [False] * 4
+    assert verdicts("--calibrate", "in", "--size", "80", "--sigma", "2") == [False] * 4
+    made = json.loads((images / "r.json").read_text())["settings"]["threshold"]
+    assert made["size"] == [80, 80] and made["sigma"] == 2.0 and "4 normal" in made["made"]
     assert main(["in/a.png", "--calibrate", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
 
 
@@ -114,7 +119,8 @@ def test_plain_images_stay_plain(images):
     found = model.predict("in/a.png")
     drawn, image = np.array(Image.open("heatmaps/a.png")), np.array(Image.open("in/a.png"))
     assert np.array_equal(drawn[found.map <= 0], image[found.map <= 0])
-    assert not np.array_equal(drawn, image) and (found.map > 0).any()
+    want = overlay("in/a.png", found.map, high=model.display_high)  # one scale, the model's
+    assert np.array_equal(drawn, np.array(want)) and (found.map > 0).any()
 
 
 @pytest.mark.parametrize(

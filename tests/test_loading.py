@@ -193,6 +193,22 @@ def test_other_pth_files_and_unlisted_backbones_are_explained(checkpoint, tmp_pa
         VisualAD.from_pretrained(path, backbone_weights=CLIP)
 
 
+def test_the_released_files_are_the_pinned_ones():
+    commit = "8479132d641456345019aed1c8bb6b2d11941068"
+    assert visualad.OFFICIAL == f"https://media.githubusercontent.com/media/7HHHHH/VisualAD/{commit}"
+    assert visualad.PRETRAINED == {
+        "tiny": None,
+        "clip-vit-l14-336-visa": (
+            "weight/train_on_visa/CLIP.pth",
+            "fed8ed5e0973e9adb53a2c91e066eb5ba3f9a42fbf80f115a26998629d1f0a5b",
+        ),
+        "clip-vit-l14-336-mvtec": (
+            "weight/train_on_mvtec/CLIP.pth",
+            "596f3ed0c0cfe78a314b41fc42a8adfc26b86ab1928f058ce256135cb407b32c",
+        ),
+    }
+
+
 # --- ours
 
 
