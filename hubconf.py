@@ -13,7 +13,9 @@ dependencies = ["torch", "safetensors", "huggingface_hub", "numpy"]
 
 def _build(backbone: str, pretrained: bool | str, kwargs: dict) -> _VisualAD:
     if pretrained is False:
-        return _VisualAD(backbone)
+        if kwargs:
+            raise ValueError(f"pretrained=False loads nothing and takes no {', '.join(kwargs)}")
+        return _VisualAD(backbone).eval()
     source = "visa" if pretrained is True and backbone == "clip-vit-l14-336" else pretrained
     if backbone == "clip-vit-l14-336" and source in ("visa", "mvtec"):
         source = f"clip-vit-l14-336-{source}"
@@ -21,8 +23,8 @@ def _build(backbone: str, pretrained: bool | str, kwargs: dict) -> _VisualAD:
         source = "tiny"
     elif source in (True, "visa", "mvtec"):
         raise ValueError(
-            f"nobody has published VisualAD weights for {backbone}: train them with train.py and pass their "
-            "folder or Hugging Face repo as pretrained, or pass pretrained=False"
+            f"nobody has published VisualAD weights ({source}) for {backbone}: train them with train.py and "
+            "pass their folder or Hugging Face repo as pretrained, or pass pretrained=False"
         )
     model = _VisualAD.from_pretrained(source, **kwargs)
     if model.backbone.cfg != _BACKBONES[backbone]:

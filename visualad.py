@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from itertools import islice
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -248,9 +249,9 @@ class VisualAD(nn.Module):
         self, backbone: str | Backbone, layers: Layers = None, anchors: int = 4, image_size: int | None = None
     ):
         super().__init__()
-        if isinstance(backbone, str) and backbone not in BACKBONES:
+        cfg = BACKBONES.get(backbone) if isinstance(backbone, str) else backbone
+        if not isinstance(cfg, Backbone):
             raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}")
-        cfg = BACKBONES[backbone] if isinstance(backbone, str) else backbone
         self.layers, self.anchors = check_layers(cfg.layers if layers is None else layers, cfg.depth), anchors
         self.image_size = cfg.image_size // cfg.patch * cfg.patch if image_size is None else image_size
         check_size((self.image_size, self.image_size), cfg.patch)
@@ -265,15 +266,14 @@ class VisualAD(nn.Module):
 
     def patch_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """RGB [B, 3, H, W] in [0, 1] -> maps on the patch grid [B, L, h, w], last SCA's tokens [B, 2, D]."""
-        cfg = self.backbone.cfg
-        h, w = images.shape[-2] // cfg.patch, images.shape[-1] // cfg.patch
+        h, w = (side // self.backbone.cfg.patch for side in images.shape[-2:])
         z = self.backbone((images - self.mean) / self.std, self.tokens, self.layers, self.norm)
         maps = []
         for layer in self.layers:
             p = z[layer][:, -h * w :]  # [B, N, D]
-            t = self.sca[str(layer)](z[cfg.depth][:, :2], p, (h, w))  # [B, 2, D]: the last block's t_a, t_n
-            cosine = F.normalize(self.saf[str(layer)](p), dim=-1) @ F.normalize(t, dim=-1).mT  # [B, N, 2]
-            maps.append((cosine[..., 0] - cosine[..., 1]).unflatten(1, (h, w)))
+            t = self.sca[str(layer)](z[max(z)][:, :2], p, (h, w))  # [B, 2, D]: the last block's t_a, t_n
+            p, u = F.normalize(self.saf[str(layer)](p), dim=-1), F.normalize(t, dim=-1)
+            maps.append((p @ (u[:, 0] - u[:, 1])[..., None]).view(-1, h, w))  # cos(p, t_a) - cos(p, t_n)
         return torch.stack(maps, dim=1), t
 
     def forward(self, images: Tensor) -> Output:
@@ -290,11 +290,12 @@ class VisualAD(nn.Module):
         """The test-time path, no dropout: images as for `forward` -> smoothed map [B, H, W], score [B].
         sigma: of the Gaussian, in pixels of the input. Raises ValueError as `forward` and for a bad sigma."""
         check_images(images, self.backbone.cfg.patch)
-        training = self.training
+        training = [module for module in self.modules() if module.training]
         try:
             maps, _ = self.eval().patch_maps(images)
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True
         # Sum and bilinear resampling are linear: upsampling the summed small map gives forward's map.
         fused = smooth(upsample(maps.sum(dim=1, keepdim=True), images.shape[-2:])[:, 0], sigma)
         return fused, image_score(fused)
@@ -394,7 +395,10 @@ BACKBONE_NAMES = [
     (r"text_model\..*|text_projection(?:\..*)?|logit_(?:scale|bias)", None),
     (r"input_resolution|context_length|vocab_size", None),
 ]
-PARTS = {"q": "qkv", "gate": ("gate", "up")}  # the first part of what some families split -> all, in order
+PARTS = {
+    "q": ("q", "k", "v"),
+    "gate": ("gate", "up"),
+}  # the first part of what some families split -> all, in order
 SCA_NAME, SAF_NAME = r"cross_attn\.layer_attentions\.layer_(\d+)\.", r"layer_transforms\.layer_(\d+)\.mlp\."
 OFFICIAL_NAMES = [
     (r"(anomaly|normal)_token", r"tokens.\1"),
@@ -416,7 +420,8 @@ def rename(state: Mapping[str, Any], table: list, what: str, prefix: str = "") -
     Raises ValueError for names that no row knows, or two of one meaning."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():
-        key, new = prefix + name, {}
+        key, new = f"{prefix}{name}", {}
+        value = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
         if isinstance(value, Mapping):
             new = rename(value, table, what, f"{key}.")
         elif isinstance(value, Tensor):
@@ -467,8 +472,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
 def backbone_state(weights: Weights) -> dict[str, Tensor]:
     """A backbone's weights of any known family, a path or a state dict -> fp32 tensors under ViT's names."""
     named = isinstance(weights, Mapping)
+    if not named and not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(f"a backbone's weights are a path or a state dict, got {type(weights).__name__}")
     state, what = (weights, "the state dict") if named else (read_tensors(Path(weights)), str(weights))
-    whole = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    whole = {k[9:]: v for k, v in state.items() if str(k).startswith("backbone.")}
     state = rename(whole or state, BACKBONE_NAMES, what)
     for key in list(state):
         name, part, leaf = ["", "", *key.rsplit(".", 2)][-3:]
@@ -480,6 +487,8 @@ def backbone_state(weights: Weights) -> dict[str, Tensor]:
     width = state["cls_token"].numel()
     state.setdefault("register_tokens", torch.zeros(0, width))
     for key in ("cls_token", "pos_embed", "register_tokens"):
+        if state[key].numel() % width:
+            raise ValueError(f"{what}: {key} {list(state[key].shape)} does not fit a width of {width}")
         state[key] = state[key].reshape(1, -1, width)
     if math.isqrt(rows := state["pos_embed"].shape[1]) ** 2 == rows:
         # timm's register models have the class position added to the class token: guests would get none.
@@ -604,6 +613,10 @@ def read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             config["backbone"] = Backbone(
                 **{k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
             )
+        if not config["backbone"].file.endswith(".safetensors"):
+            raise ValueError("a backbone is fetched as safetensors only")
+        if limit := config["threshold"]:
+            config["threshold"] = {**limit, "value": float(limit["value"]), "size": list(limit["size"])}
         keys = ("backbone", "layers", "anchors", "image_size", "threshold", "display_high")
         return {key: config[key] for key in keys}, read_tensors(path)
     except Exception as error:
@@ -623,7 +636,7 @@ def read_official(
         raise ValueError(
             f"{path} is for {data['backbone']!r}, which is not listed: pass backbone_weights=PATH"
         )
-    cfg = BACKBONES[name] if name else Backbone.from_weights(frozen)
+    cfg = BACKBONES[name] if name else Backbone(**read_sizes(frozen))
     state = rename(data, OFFICIAL_NAMES, str(path))
     if {"tokens.anomaly", "tokens.normal"} <= state.keys():
         state["tokens"] = torch.stack([state.pop("tokens.anomaly"), state.pop("tokens.normal")])
@@ -655,23 +668,29 @@ Tapped layers {layers}, input {image_size} px, threshold {threshold}.
 """
 
 
-class VisualAD(VisualAD):  # the same model: how it is loaded and saved
+class VisualAD(VisualAD):
+    """The same model: how it is loaded and saved."""
+
     threshold: dict[str, Any] | None = None  # value, the size and sigma it holds for, how it was made
     display_high: float | None = None  # the map value at which `overlay` shows its full colour
+    norm_loaded = False  # whether `norm` is a trained one, from a checkpoint
 
     @classmethod
     def from_backbone(
         cls, backbone: str | Backbone, backbone_weights: Weights | None = None, *, layers: Layers = None,
-        anchors: int = 4, image_size: int | None = None, **hub: Any,
+        anchors: int = 4, image_size: int | None = None, token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
+        force_download: bool = False,
     ) -> VisualAD:  # fmt: skip
         """A frozen backbone with a fresh learned part: where training starts.
 
-        backbone_weights: a path or a state dict; None: the backbone's Hugging Face repository, for which
-        `hub` is token, cache_dir, local_files_only or force_download. Raises as `from_pretrained` does.
+        backbone_weights: a path or a state dict; None: the backbone's Hugging Face repository. The last four
+        arguments are huggingface_hub's. Raises as `from_pretrained` does.
         """
         model = cls(backbone, layers, anchors, image_size)
         if backbone_weights is None:
-            hub = dict(token=None, cache_dir=None, local_files_only=False, force_download=False) | hub
+            hub = dict(token=token, cache_dir=cache_dir)
+            hub |= dict(local_files_only=local_files_only, force_download=force_download)
             backbone_weights = default_weights(model.backbone.cfg, hub)
         return model.load_backbone(backbone_weights)
 
@@ -695,39 +714,49 @@ class VisualAD(VisualAD):  # the same model: how it is loaded and saved
         """
         if final_norm not in (None, "backbone", "checkpoint"):
             raise ValueError(f"final_norm must be 'backbone', 'checkpoint' or None, got {final_norm!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
         hub = dict(revision=revision, token=token, cache_dir=cache_dir)
         hub |= dict(local_files_only=local_files_only, force_download=force_download)
         path = find(os.fspath(source), hub)
         ours = path.suffix == ".safetensors"
         frozen = None if backbone_weights is None else backbone_state(backbone_weights)
-        config, state = read_ours(path) if ours else read_official(path, frozen)
-        cfg = config["backbone"]
-        with torch.device("meta"):  # no random numbers that are overwritten at once
-            model = cls(cfg, config["layers"], config["anchors"], config["image_size"])
+        try:
+            config, state = read_ours(path) if ours else read_official(path, frozen)
+            cfg = config["backbone"]
+            with torch.device("meta"):  # no random numbers that are overwritten at once
+                model = cls(cfg, config["layers"], config["anchors"], config["image_size"])
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{path} is no sound VisualAD checkpoint: {error!r}") from error
         for name in ("mean", "std"):
             setattr(model, name, torch.tensor(getattr(cfg, name)).view(3, 1, 1))
         inside = {k.removeprefix("backbone."): state.pop(k) for k in list(state) if k.startswith("backbone.")}
         if frozen is None:
             frozen = inside or backbone_state(default_weights(cfg, hub))
         check_fit(model.backbone.state_dict(), frozen, "the backbone's file")
-        if final_norm == "backbone" or not (ours or final_norm):
-            state |= {key: frozen[key].float().clone() for key in ("norm.weight", "norm.bias")}
+        model.norm_loaded = final_norm == "checkpoint" or (ours and not final_norm)
+        if not model.norm_loaded:
+            state |= {key: frozen[key].clone() for key in ("norm.weight", "norm.bias")}
+        state = {key: value.float() for key, value in state.items()}
         check_fit(model.learned(), state, str(path))
         model.load_state_dict(state | {f"backbone.{k}": v.cpu() for k, v in frozen.items()}, assign=True)
         for name, parameter in model.backbone.named_parameters():
             if dtype is not None and not name.startswith("norm."):
                 parameter.data = parameter.data.to(dtype)
         model.threshold, model.display_high = config["threshold"], config["display_high"]
-        return model.to(device).eval()
+        try:
+            return model.to(device).eval()
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device {device}: {error}") from error
 
     def load_backbone(self, weights: Weights) -> VisualAD:
         """Fills the frozen backbone, strictly, from a path or a state dict; `norm`, its copy, too, while that
         was neither trained nor loaded. Returns the model. Raises ValueError, FileNotFoundError."""
         state, own = backbone_state(weights), self.backbone.norm
         check_fit(self.backbone.state_dict(), state, "the backbone's file")
-        fresh = all(map(torch.equal, self.norm.parameters(), own.parameters()))
+        same = all(map(torch.equal, self.norm.parameters(), own.parameters()))  # no training step yet
         self.backbone.load_state_dict(state)
-        if fresh:
+        if same and not self.norm_loaded:
             self.norm.load_state_dict(own.state_dict())
         return self
 
@@ -738,7 +767,7 @@ class VisualAD(VisualAD):  # the same model: how it is loaded and saved
     def config(self) -> dict[str, Any]:
         """What rebuilds the model around its tensors, as JSON values."""
         cfg = self.backbone.cfg
-        listed = next((name for name, known in BACKBONES.items() if known == cfg), None)
+        listed = next((name for name, known in BACKBONES.items() if known == cfg and cfg.repo), None)
         config = dict(backbone=listed or asdict(cfg), layers=self.layers, anchors=self.anchors)
         config |= dict(image_size=self.image_size, threshold=self.threshold, display_high=self.display_high)
         return json.loads(json.dumps(config))
@@ -783,7 +812,8 @@ class VisualAD(VisualAD):  # the same model: how it is loaded and saved
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        private = {} if private is None else {"private": private}
+        repo_id = api.create_repo(repo_id, exist_ok=True, **private).repo_id
         upload |= dict(repo_id=repo_id, commit_message=commit_message, revision=branch)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, config=config, repo_id=repo_id, model_card_kwargs=model_card_kwargs)
@@ -802,11 +832,16 @@ class Prediction(NamedTuple):
     anomalous: bool | None  # score > threshold; None without a threshold for this size and sigma
 
 
+def real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on a link that leads in a circle
+
+
 def image_files(folder: Path, without: Path | None = None) -> list[Path]:
     """Every image below a folder, sorted, but hidden files and what lies below `without`."""
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    files = [path for path in files if path.name[0] != "." and path.is_file()]
-    files = [path for path in files if without is None or without not in path.resolve().parents]
+    files = [path for path in files if not path.is_dir()]
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    files = [path for path in files if without is None or without not in real(path).parents]
     if not files:
         raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return files
@@ -843,7 +878,6 @@ def decode(image: Any) -> Tensor | np.ndarray:
 
         try:
             with Image.open(image) as file:
-                file.load()
                 return decode(file)
         except FileNotFoundError:
             raise
@@ -851,6 +885,10 @@ def decode(image: Any) -> Tensor | np.ndarray:
             raise ValueError(f"cannot read {os.fspath(image)} as an image: {error}") from error
     if not hasattr(image, "getexif"):
         return image
+    try:
+        image.load()
+    except Exception as error:
+        raise ValueError(f"cannot read the PIL image: {error}") from error
     from PIL import ImageOps
 
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
@@ -920,12 +958,14 @@ def overlay(image: Any, map: np.ndarray | Tensor, *, low: float = 0.0, high: flo
 
     image: anything single that `predict` takes. map: [H, W], of its size. Raises ValueError.
     """
+    import numpy as np
     from PIL import Image
 
-    image, map = to_tensor(image), torch.as_tensor(map).float()
-    if map.shape != image.shape[1:] or not low < high:
+    map = map.detach().cpu() if isinstance(map, Tensor) else torch.from_numpy(np.array(map, np.float32))
+    image, map = to_tensor(image), map.float()
+    if map.shape != image.shape[1:] or not map.isfinite().all() or not low < high:
         got = f"{list(map.shape)} on {list(image.shape[1:])}, {low} to {high}"
-        raise ValueError(f"map must have the image's size, and low be below high; got {got}")
+        raise ValueError(f"map must be finite and of the image's size, and low be below high; got {got}")
     image = image / 255 if image.dtype == torch.uint8 else image
     heat = ((map - low) / (high - low)).clamp(0, 1)
     red = torch.stack([torch.ones_like(heat), 1 - heat, torch.zeros_like(heat)])
@@ -933,7 +973,10 @@ def overlay(image: Any, map: np.ndarray | Tensor, *, low: float = 0.0, high: flo
     return Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
 
 
-class VisualAD(VisualAD):  # the same model: how it is used on images
+class VisualAD(VisualAD):
+    """VisualAD, whole: `from_pretrained` loads it, `predict` scores images, `calibrate` sets its threshold,
+    `save_pretrained` keeps it; `forward` and `infer` take tensors. Arguments: see section 4."""
+
     def predict(
         self, images: Any, *, size: int | Sequence[int] | None = None, batch_size: int = 8, sigma: float = 4.0
     ) -> Prediction | list[Prediction]:
@@ -959,27 +1002,32 @@ class VisualAD(VisualAD):  # the same model: how it is used on images
         limit = self.limit(size, sigma)
 
         def prepare(image: Any) -> tuple[Tensor, torch.Size]:
+            if isinstance(image, tuple):
+                return image
             image = to_tensor(image)
             return resize(image, size), image.shape[1:]
 
-        ready = ahead(prepare, each(images), 2 * batch_size if batch_size > 1 else 0)
+        # Threads read files alone: whoever yields arrays may use their memory again for the next one.
+        items = (x if isinstance(x, (str, os.PathLike)) else prepare(x) for x in each(images))
+        ready = ahead(prepare, items, 2 * batch_size if batch_size > 1 else 0)
         while batch := list(islice(ready, batch_size)):
             maps, scores = self.infer(torch.stack([x for x, _ in batch]).to(self.tokens.device), sigma)
             if not scores.isfinite().all():
                 raise ValueError(
                     "scores are not finite: the weights are damaged, or dtype is too narrow for them"
                 )
-            for map, score, (_, own) in zip(maps, scores.tolist(), batch, strict=True):
-                map = upsample(map[None, None], own)[0, 0].cpu().numpy()
-                yield Prediction(score, map, None if limit is None else score > limit)
+            for small, score, (_, own) in zip(maps, scores.tolist(), batch, strict=True):
+                heat = upsample(small[None, None].float(), own)[0, 0].cpu().numpy()
+                yield Prediction(score, heat, None if limit is None else score > limit)
 
     def input_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
         size = self.image_size if size is None else size
-        size = tuple(size) if isinstance(size, Sequence) else (size, size)
-        if len(size) != 2:
-            raise ValueError(f"size must be a side or (H, W), got {size}")
-        check_size(size, self.backbone.cfg.patch)
-        return size
+        try:
+            h, w = map(index, size if isinstance(size, Sequence) else (size, size))
+        except (TypeError, ValueError):
+            raise ValueError(f"size must be a side or (H, W), whole pixels; got {size!r}") from None
+        check_size((h, w), self.backbone.cfg.patch)
+        return h, w
 
     def limit(self, size: tuple[int, int], sigma: float) -> float | None:
         """The threshold's value, if it was made at this size and sigma: others give other scores."""
@@ -998,11 +1046,9 @@ class VisualAD(VisualAD):  # the same model: how it is used on images
         scores = sorted(prediction.score for prediction in found)
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
-        value, made = (
-            scores[math.ceil(quantile * len(scores)) - 1],
-            f"{quantile:g} of {len(scores)} normal images",
-        )
-        self.threshold = dict(value=value, size=list(self.input_size(size)), sigma=sigma, made=made)
+        value = scores[math.ceil(quantile * len(scores) - 1e-9) - 1]  # 0.07 * 100 is a little more than 7
+        made = f"{quantile:g} of {len(scores)} normal images"
+        self.threshold = dict(value=value, size=list(self.input_size(size)), sigma=float(sigma), made=made)
         return value
 
 
@@ -1013,11 +1059,13 @@ def find_device() -> str:
 
 def targets(sources: Sequence[Path], out: Path) -> dict[Path, Path]:
     """{image: its heatmap}, which keeps the path below the given folder; no two images share one."""
-    found, taken, place = {}, set(), out.resolve()
+    found, taken, place = {}, set(), real(out)
     for source in sources:
-        inside = place if source.resolve() in place.parents else None  # heatmaps of an earlier run
+        inside = place if real(source) in place.parents else None  # heatmaps of an earlier run
         for path in image_files(source, without=inside) if source.is_dir() else [source]:
-            if place in path.resolve().parents:
+            if path in found:
+                continue
+            if place in real(path).parents:
                 raise ValueError(f"--out {out} holds images to be read, as {path}: choose another folder")
             target = out / path.relative_to(source if source.is_dir() else source.parent).with_suffix(".png")
             stem, n = target.stem, 1
@@ -1044,9 +1092,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="write the results here too")
     add("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
     add("--calibrate", type=Path, metavar="FOLDER", help="take the threshold from a folder of normal images")
-    add(
-        "--size", type=int, nargs="+", metavar="N", help="network input: a side, or H W; default: the model's"
-    )
+    add("--size", metavar="N", help="network input: a side, or HxW; default: the model's")
     add("--sigma", type=float, default=4.0, help="of the smoothing, in pixels of the input (%(default)s)")
     add("--device", default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the frozen blocks")
@@ -1061,10 +1107,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm  # comes with huggingface_hub
 
+    if args.size and not re.fullmatch(r"\d+(x\d+)?", args.size):
+        raise ValueError(f"--size must be N or HxW, got {args.size}")
+    size = [int(side) for side in args.size.split("x")] * (2 - args.size.count("x")) if args.size else None
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise ValueError(f"--threshold must be a finite number, got {args.threshold}")
     files = targets(args.images, args.out)
+    if args.json and real(args.json) in map(real, files):
+        raise ValueError(f"--json {args.json} is one of the images")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
     options = dict(backbone_weights=args.backbone_weights, final_norm=args.final_norm, device=args.device)
     model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
-    size = model.input_size(args.size[0] if args.size and len(args.size) == 1 else args.size)
+    size = model.input_size(size)
     settings = dict(size=size, sigma=args.sigma, batch_size=args.batch_size)
     if args.calibrate:
         model.calibrate(args.calibrate, **settings)
@@ -1080,7 +1136,7 @@ def run(args: argparse.Namespace) -> int:
             return path, error
 
     def readable() -> Iterator[Tensor]:
-        for path, image in ahead(attempt, files, 2 * args.batch_size):
+        for path, image in ahead(attempt, files, 2):
             if isinstance(image, Tensor):
                 read.append((path, image))
                 yield image
@@ -1090,11 +1146,11 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"{'score':>8}  {'verdict':9}  image")
     results = tqdm(model.predict_iter(readable(), **settings), total=len(files), disable=None, leave=False)
-    for score, map, anomalous in results:
+    for score, heat, anomalous in results:
         path, image = read.popleft()
         files[path].parent.mkdir(parents=True, exist_ok=True)
         png = io.BytesIO()
-        overlay(image, map, high=high).save(png, "PNG", compress_level=1)
+        overlay(image, heat, high=high).save(png, "PNG", compress_level=1)
         write_atomic(files[path], png.getvalue())
         images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(files[path])))
         verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]

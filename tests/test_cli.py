@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,29 @@ def test_the_exit_status_is_0_when_all_is_read(images):
     assert sorted(p.name for p in (images / "heatmaps").iterdir()) == ["a-1.png", "a.png"]
 
 
+def test_an_image_given_twice_is_one_image_and_options_may_come_first(images):
+    assert main(["--size", "80", "in/a.png", "in/a.png", "in/sub", "in/sub/a.png", "--json", "r.json"]) == 0
+    assert len(json.loads((images / "r.json").read_text())["images"]) == 2
+    assert sorted(p.name for p in (images / "heatmaps").iterdir()) == ["a-1.png", "a.png"]
+
+
+def test_links_that_lead_nowhere_are_named_and_the_others_go_on(images, capsys):
+    (images / "in" / "lost.png").symlink_to(images / "gone.png")
+    (images / "in" / "loop.png").symlink_to(images / "in" / "loop.png")
+    assert main(["in", "--json", "r.json"]) == 1
+    report = json.loads((images / "r.json").read_text())
+    assert [e["path"] for e in report["errors"]] == ["in/broken.png", "in/loop.png", "in/lost.png"]
+    assert len(report["images"]) == 4
+
+
+def test_names_that_the_terminal_cannot_write_stop_nothing(images):
+    (images / "in" / "a.png").rename(images / "in" / "\u00e4 \u4e2d.png")
+    command = [sys.executable, str(ROOT / "visualad.py"), "in/\u00e4 \u4e2d.png"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0 and r"\xe4" in done.stdout, done.stderr
+
+
 def test_a_second_run_does_not_take_heatmaps_for_images(images):
     (images / "in" / "broken.png").unlink()
     for _ in range(2):
@@ -88,14 +112,18 @@ def test_thresholds_from_the_command_line_and_from_normal_images(images, capsys)
 
 def test_size_sigma_and_dtype_reach_the_model(images):
     model = VisualAD.from_pretrained("tiny")
-    main(["in/a.png", "--size", "80", "120", "--sigma", "1", "--batch-size", "1", "--json", "r.json"])
+    main(["in/a.png", "--size", "80x120", "--sigma", "1", "--batch-size", "1", "--json", "r.json"])
     want = model.predict("in/a.png", size=(80, 120), sigma=1.0).score
     report = json.loads((images / "r.json").read_text())
     assert report["images"][0]["score"] == pytest.approx(want, abs=1e-6) and report["settings"]["size"] == [
         80,
         120,
     ]
-    assert main(["in/a.png", "--dtype", "bfloat16"]) == 0
+    main(["in/a.png", "--dtype", "bfloat16", "--json", "r.json"])
+    rough = json.loads((images / "r.json").read_text())["images"][0]["score"]
+    assert rough != model.predict("in/a.png").score and rough == pytest.approx(
+        model.predict("in/a.png").score, abs=0.1
+    )
 
 
 def test_the_authors_checkpoint_runs_with_a_local_backbone(images):
@@ -129,6 +157,9 @@ def test_plain_images_stay_plain(images):
         (["nowhere.png"], "nowhere.png"),
         (["in/a.png", "--model", "nothing"], "nothing"),
         (["in/a.png", "--size", "81"], "near: 80, 88"),
+        (["in/a.png", "--size", "80,80"], "N or HxW"),
+        (["in/a.png", "--threshold", "nan"], "finite"),
+        (["in/a.png", "--json", "in/a.png"], "one of the images"),
         (["in/a.png", "--sigma", "-1"], "sigma"),
         (["in/a.png", "--device", "gpu"], "gpu"),
         (["in/a.png", "--batch-size", "0"], "batch_size"),
@@ -137,7 +168,9 @@ def test_plain_images_stay_plain(images):
 def test_errors_are_one_line_and_a_status(images, capsys, arguments, message):
     status = main(arguments)
     printed = capsys.readouterr().err.strip()
-    assert status in (1, 2) and message in printed and "Traceback" not in printed
+    assert (
+        status == (1 if message == "nowhere.png" else 2) and message in printed and "Traceback" not in printed
+    )
 
 
 def test_the_script_runs_from_another_folder(images):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -60,9 +60,9 @@ def test_unknown_missing_and_misshapen_tensors_are_named(clip, official):
 
 def test_a_refused_backbone_leaves_the_model_as_it_was(clip, official):
     before = {k: v.clone() for k, v in official.state_dict().items()}
-    clip.popitem()
-    with pytest.raises(ValueError):
-        official.load_backbone({**clip, "visual.proj": torch.zeros(1), "visual.x": torch.zeros(1)})
+    clip["visual.ln_post.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="norm.bias"):
+        official.load_backbone({key: value + 1 for key, value in clip.items()})
     assert all(torch.equal(v, before[k]) for k, v in official.state_dict().items())
 
 
@@ -117,6 +117,7 @@ def test_the_norm_follows_the_backbone_until_it_is_trained_or_loaded(clip):
     assert not torch.equal(model.norm.weight, model.backbone.norm.weight)
     loaded = VisualAD.from_pretrained(OFFICIAL, backbone_weights=CLIP, final_norm="checkpoint")
     trained = loaded.norm.weight.clone()
+    loaded.backbone.norm.load_state_dict(loaded.norm.state_dict())  # as if training had not moved it
     assert torch.equal(loaded.load_backbone(other).norm.weight, trained)
 
 
@@ -149,9 +150,12 @@ def test_unknown_metadata_is_ignored_and_unknown_tensors_are_not(checkpoint, tmp
         {**checkpoint, "note": "hello", "loss_history": [1.0], "args": {"lr": 0.1}}, tmp_path
     )
     VisualAD.from_pretrained(path, backbone_weights=CLIP)
-    path = save_checkpoint({**checkpoint, "surprise": torch.zeros(2)}, tmp_path)
-    with pytest.raises(ValueError, match="surprise"):
-        VisualAD.from_pretrained(path, backbone_weights=CLIP)
+    path = save_checkpoint({**checkpoint, "meta": {6: 1.0, 12: [2.0, {"x": None}]}}, tmp_path)
+    VisualAD.from_pretrained(path, backbone_weights=CLIP)
+    for extra in (torch.zeros(2), [torch.zeros(2)], {3: torch.zeros(2)}):
+        path = save_checkpoint({**checkpoint, "surprise": extra}, tmp_path)
+        with pytest.raises(ValueError, match="surprise"):
+            VisualAD.from_pretrained(path, backbone_weights=CLIP)
     del checkpoint["cross_attn"]["layer_attentions.layer_2.res_scale"]
     path = save_checkpoint(checkpoint, tmp_path)
     with pytest.raises(ValueError, match=r"missing: sca\.2\.alpha"):
@@ -174,6 +178,12 @@ def test_a_checkpoint_without_a_trained_norm_says_so_only_when_asked(checkpoint,
         (dict(features_list=[2]), "unknown"),
         (dict(features_list=None), "lacks features_list"),
         (dict(cross_attn_config={"num_anchors": 5}), "another shape"),
+        (dict(cross_attn_config={}), "num_anchors"),
+        (dict(features_list=2), "no sound VisualAD checkpoint"),
+        (dict(image_size="84"), "no sound VisualAD checkpoint"),
+        (dict(image_size=[84, 84]), "no sound VisualAD checkpoint"),
+        (dict(backbone=["x"]), "no sound VisualAD checkpoint"),
+        (dict(anomaly_token=torch.zeros(3)), "no sound VisualAD checkpoint"),
     ],
 )
 def test_metadata_that_does_not_fit_the_tensors_is_an_error(checkpoint, tmp_path, change, message):
@@ -331,6 +341,57 @@ def test_dtype_casts_the_frozen_blocks_only(tmp_path, model):
         assert parameter.dtype == (torch.bfloat16 if frozen else torch.float32), name
     maps, score = half.infer(torch.rand(1, 3, 56, 56))
     assert maps.dtype == score.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(layers="24"), dict(layers=2), dict(anchors="4"), dict(image_size="56"), dict(threshold=5),
+        dict(threshold={"value": "a", "size": [1, 1], "sigma": 1}), dict(threshold=[1]),
+        *(dict(backbone={**asdict(SMALL), **change}) for change in (
+            dict(width="64"), dict(patch=0), dict(activation="x"), dict(registers=-1), dict(wheels=4),
+            dict(repo="evil/repo", file="pytorch_model.bin"),
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_makes_no_sense_is_a_value_error(model, tmp_path, change):
+    config = {**model.config(), **change}
+    save_file(model.state_dict(), tmp_path / "a.safetensors", {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match="a.safetensors"):
+        VisualAD.from_pretrained(tmp_path / "a.safetensors")
+
+
+def test_a_header_may_leave_out_the_threshold_and_half_precision_comes_back_in_fp32(model, tmp_path):
+    config = {k: v for k, v in model.config().items() if k not in ("threshold", "display_high")}
+    half = {k: v.half() for k, v in model.state_dict().items()}
+    save_file(half, tmp_path / "a.safetensors", {"config": json.dumps(config)})
+    loaded = VisualAD.from_pretrained(tmp_path / "a.safetensors")
+    assert loaded.threshold is None and loaded.tokens.dtype == torch.float32
+
+
+def test_device_and_dtype_are_checked_and_honoured(model, tmp_path):
+    model.save_pretrained(tmp_path, config={"layers": [1], "mine": 1})  # ours cannot be overridden
+    assert VisualAD.from_pretrained(tmp_path, device="meta").tokens.device.type == "meta"
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(ValueError, match="dtype"):
+            VisualAD.from_pretrained(tmp_path, dtype=dtype)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="cuda"):
+            VisualAD.from_pretrained(tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "weights", [None, 7, [1], {0: torch.zeros(1)}, {"cls_token": torch.zeros(3)}], ids=str
+)
+def test_what_is_no_backbone_is_a_value_error(weights):
+    with pytest.raises(ValueError):
+        backbone_state(weights)
+
+
+def test_misspelt_arguments_are_not_swallowed():
+    with pytest.raises(TypeError):
+        VisualAD.from_backbone("tiny", local_file_only=True)
 
 
 @pytest.mark.parametrize("source", ["no-such-model", "no/such/model/here", "gone.safetensors", "a/gone.pth"])

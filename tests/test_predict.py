@@ -41,7 +41,7 @@ def picture(h: int = 90, w: int = 120, seed: int = 0) -> np.ndarray:
         lambda a: torch.from_numpy(a).permute(2, 0, 1).double() / 255,
         lambda a: a.astype(np.float32) / 255,
         lambda a: a.astype(np.float64) / 255,
-        lambda a: a[:, ::-1][:, ::-1],
+        lambda a: a[:, ::-1].copy()[:, ::-1],
         lambda a: np.broadcast_to(a, a.shape),
         lambda a: Image.fromarray(np.dstack([a, np.full(a.shape[:2], 9, np.uint8)])),
     ],
@@ -79,6 +79,8 @@ def test_sixteen_bits_are_kept(tiny, tmp_path):
 
 
 def test_floats_between_the_256_levels_are_not_rounded():
+    near = (torch.arange(243).view(3, 9, 9) + 0.03) / 255  # an 8-bit image it is not
+    assert torch.equal(to_tensor(near), near)
     deep = torch.rand(3, 9, 9)
     assert torch.equal(to_tensor(deep), deep)
     assert (
@@ -147,8 +149,11 @@ def test_other_and_non_square_network_sizes(tiny):
     for size, message in (
         (100, "100; near: 96, 104"),
         ((96, 100), "near"),
-        ((96,), "side or"),
+        ((96,), "size must be"),
         (0, "near: 8, 16"),
+        ("56", "size must be"),
+        (56.0, "size must be"),
+        ((56, None), "size must be"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny.predict(picture(), size=size)
@@ -159,6 +164,8 @@ def test_folders_lists_and_generators_mix(tiny, tmp_path):
     for name, seed in (("b.png", 1), ("a.JPG", 2), ("sub/c.webp", 3)):
         Image.fromarray(picture(seed=seed)).save(tmp_path / name)
     (tmp_path / ".hidden.png").write_bytes(b"x")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "icon.png").write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("no image")
     names = [tmp_path / n for n in ("a.JPG", "b.png", "sub/c.webp")]
     want = [tiny.predict(n).score for n in names]
@@ -169,6 +176,54 @@ def test_folders_lists_and_generators_mix(tiny, tmp_path):
     assert len(mixed) == 3 + 1 + 2 + 2 and mixed[3].score == pytest.approx(mixed[7].score, abs=1e-5)
     assert len(tiny.predict(batch)) == 2 and tiny.predict([]) == [] and tiny.predict(iter(())) == []
     assert isinstance(tiny.predict(batch[0]), Prediction) and isinstance(tiny.predict([batch[0]]), list)
+
+
+def test_a_generator_may_reuse_its_buffer_and_close_its_files(tiny, tmp_path):
+    pictures = [picture(seed=i) for i in range(12)]
+    want = [tiny.predict(p).score for p in pictures]
+
+    def reused():
+        buffer = np.empty_like(pictures[0])
+        for p in pictures:
+            buffer[:] = p
+            yield buffer
+
+    def closed():
+        for i, p in enumerate(pictures):
+            Image.fromarray(p).save(tmp_path / f"{i}.png")
+            with Image.open(tmp_path / f"{i}.png") as file:
+                yield file
+
+    for stream in (reused(), (torch.from_numpy(a).permute(2, 0, 1) for a in reused()), closed()):
+        assert [p.score for p in tiny.predict(stream, batch_size=4)] == pytest.approx(want, abs=1e-5)
+    lazy = Image.open(tmp_path / "0.png")
+    assert [p.score for p in tiny.predict([lazy] * 12)] == pytest.approx([want[0]] * 12, abs=1e-5)
+
+
+@pytest.mark.parametrize("cast", ["half", "double", "bfloat16", "autocast"])
+def test_predictions_are_plain_floats_in_any_precision(tiny, cast):
+    model, want = VisualAD.from_pretrained("tiny"), tiny.predict(picture()).score
+    if cast == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.predict(picture())
+    else:
+        found = getattr(model, cast)().predict(picture())
+    assert found.map.dtype == np.float32 and isinstance(found.score, float)
+    assert found.score == pytest.approx(want, abs=0.1)
+
+
+def test_a_compiled_patch_maps_serves_predict(tiny):
+    model, want = VisualAD.from_pretrained("tiny"), tiny.predict(picture())
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph
+
+    model.patch_maps = torch.compile(model.patch_maps, fullgraph=True, backend=backend)
+    assert model.predict(picture()).score == pytest.approx(want.score, abs=1e-5) and len(compiled) == 1
+    with pytest.raises(ValueError, match="near"):
+        model.predict(picture(), size=81)
 
 
 def test_a_stream_is_read_only_a_little_ahead(tiny):
@@ -267,6 +322,10 @@ def test_the_overlay_is_plain_at_low_and_red_at_high():
 def test_the_overlay_refuses_another_size_or_an_empty_scale():
     with pytest.raises(ValueError, match=r"\[5, 5\] on \[90, 120\]"):
         overlay(picture(), np.zeros((5, 5)), high=1.0)
+    mirrored = overlay(picture()[:, ::-1], np.zeros((90, 120), ">f8")[:, ::-1], high=1.0)
+    assert np.array_equal(np.array(mirrored), picture()[:, ::-1])
+    with pytest.raises(ValueError, match="finite"):
+        overlay(picture(), np.full((90, 120), np.nan), high=1.0)
     with pytest.raises(ValueError, match="low"):
         overlay(picture(), np.zeros((90, 120)), high=0.0)
 

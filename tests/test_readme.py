@@ -57,6 +57,11 @@ def test_the_two_commands_are_one_line_each_and_ci_finds_the_second():
     assert len(lines) == 2 and sum("pytest" in line for line in lines) == 1
 
 
+def test_nothing_is_left_to_fill_in():
+    for text in (README, (ROOT / "weights" / "README.md").read_text()):
+        assert not re.search(r"@[A-Z]+@|TODO|FIXME", text)
+
+
 def test_files_and_names_that_are_mentioned_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path

@@ -81,8 +81,8 @@ def test_the_wheel_carries_the_module_the_command_and_the_bundled_model(tmp_path
         assert "visualad = visualad:main" in archive.read(entry).decode()
     assert names == {"visualad.py", "visualad_weights/tiny.safetensors", "visualad_weights/README.md"}
     (tmp_path / "elsewhere").mkdir()
-    code = "from visualad import VisualAD; print(VisualAD.from_pretrained('tiny').config()['backbone'])"
-    assert run(code, tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site")).strip() == "tiny"
+    code = "from visualad import VisualAD; print(VisualAD.from_pretrained('tiny').layers)"
+    assert run(code, tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site")).strip() == "(2, 4)"
 
 
 # --- torch.hub
@@ -125,7 +125,11 @@ def test_hub_without_weights_downloads_nothing():
     import hubconf
 
     model = hubconf.visualad_dinov2_vits14_reg(pretrained=False)
-    assert model.backbone.cfg.registers == 4 and model.layers == (3, 6, 9, 12)
+    assert model.backbone.cfg.registers == 4 and model.layers == (3, 6, 9, 12) and not model.training
+    with pytest.raises(ValueError, match="device"):
+        hubconf.visualad_tiny(pretrained=False, device="cpu")
+    with pytest.raises(ValueError, match="visa.*tiny"):
+        hubconf.visualad_tiny("visa")
 
 
 @pytest.mark.parametrize("pretrained", [True, "visa", "mvtec"])
