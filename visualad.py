@@ -851,11 +851,9 @@ def is_one(images: Any) -> bool:
     """Whether this is one image (or a mistake), not several."""
     if isinstance(images, (str, os.PathLike)):
         return not Path(images).is_dir()
-    return (
-        images.ndim != 4
-        if isinstance(images, Tensor)
-        else not isinstance(images, Iterable) or hasattr(images, "shape")
-    )
+    if isinstance(images, Tensor):
+        return images.ndim != 4
+    return hasattr(images, "shape") or not isinstance(images, Iterable)
 
 
 def each(images: Any) -> Iterator[Any]:
@@ -914,9 +912,8 @@ def to_tensor(image: Any) -> Tensor:
             raise ValueError(f"an array must be uint8, uint16 or float in [0, 1], got {got}")
         # A copy: the caller's array may be read-only, reversed or in another byte order.
         image = torch.from_numpy(np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32))
-        image = (
-            image.expand(3, -1, -1) if image.ndim == 2 else image.movedim(-1, 0) if image.ndim == 3 else image
-        )
+        if image.ndim in (2, 3):
+            image = image.expand(3, -1, -1) if image.ndim == 2 else image.movedim(-1, 0)
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"an array must be [H, W, 3] or [H, W], a tensor [3, H, W], not empty; got {got}")
     image = image.detach().cpu()
@@ -1013,9 +1010,7 @@ class VisualAD(VisualAD):
         while batch := list(islice(ready, batch_size)):
             maps, scores = self.infer(torch.stack([x for x, _ in batch]).to(self.tokens.device), sigma)
             if not scores.isfinite().all():
-                raise ValueError(
-                    "scores are not finite: the weights are damaged, or dtype is too narrow for them"
-                )
+                raise ValueError("scores are not finite: damaged weights, or a dtype too narrow for them")
             for small, score, (_, own) in zip(maps, scores.tolist(), batch, strict=True):
                 heat = upsample(small[None, None].float(), own)[0, 0].cpu().numpy()
                 yield Prediction(score, heat, None if limit is None else score > limit)
@@ -1083,11 +1078,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     add("--model", default="tiny", help=f"{', '.join(PRETRAINED)}, a Hugging Face repo, a folder or a file")
     add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
-    add(
-        "--final-norm",
-        choices=("backbone", "checkpoint"),
-        help="default: as the numbers of the file were made",
-    )
+    add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
     add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results here too")
     add("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
