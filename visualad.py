@@ -584,7 +584,7 @@ def find(source: str, hub: Mapping[str, Any]) -> Path:
         path = path / "model.safetensors"
     if path.is_file():
         return path
-    if path.suffix in (".safetensors", ".pth", ".pt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if path.suffix in (".safetensors", ".pth", ".pt") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         known = f"{', '.join(PRETRAINED)}, a folder that save_pretrained wrote, a Hugging Face repo id"
         raise FileNotFoundError(f"no file {path}; also taken: {known}")
     return fetch(source, "model.safetensors", hub, "give a local folder or file instead")
@@ -787,19 +787,21 @@ class VisualAD(VisualAD):
 
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config, repo_id = {**(config or {}), **self.config()}, repo_id or folder.name
+        config = {**(config or {}), **self.config()}
         state = self.learned() if self.backbone.cfg.repo else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
         if not (folder / "README.md").exists():
             name = config["backbone"] if isinstance(config["backbone"], str) else "a backbone of its own"
-            card = {"notes": "", **config, **(model_card_kwargs or {}), "name": name, "repo_id": repo_id}
+            card = {"notes": "", **config, **(model_card_kwargs or {}), "name": name}
+            card["repo_id"] = repo_id or str(save_directory)
+            card["threshold"] = self.threshold and f"{self.threshold['value']:.4f}"
             write_atomic(folder / "README.md", CARD.format(**card).encode())
         write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
         header = {"format": "pt", "config": json.dumps(config)}
         write_atomic(folder / "model.safetensors", save(state, header))
         if push_to_hub:
             upload = dict(config=config, model_card_kwargs=model_card_kwargs) | push_to_hub_kwargs
-            return self.push_to_hub(repo_id, **upload)
+            return self.push_to_hub(repo_id or folder.name, **upload)
         return None
 
     def push_to_hub(
@@ -1083,7 +1085,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="write the results here too")
     add("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
     add("--calibrate", type=Path, metavar="FOLDER", help="take the threshold from a folder of normal images")
-    add("--size", metavar="N", help="network input: a side, or HxW; default: the model's")
+    add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, default=4.0, help="of the smoothing, in pixels of the input (%(default)s)")
     add("--device", default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the frozen blocks")
@@ -1104,8 +1106,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"--threshold must be a finite number, got {args.threshold}")
     files = targets(args.images, args.out)
-    if args.json and real(args.json) in map(real, files):
-        raise ValueError(f"--json {args.json} is one of the images")
+    if args.json and (args.json.is_dir() or real(args.json) in map(real, files)):
+        raise ValueError(f"--json {args.json} is a folder or one of the images")
     args.out.mkdir(parents=True, exist_ok=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
@@ -1147,7 +1149,11 @@ def run(args: argparse.Namespace) -> int:
         verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
         tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
     limit = model.limit(size, args.sigma)
-    verdict = "no threshold" if limit is None else f"{sum(i['anomalous'] for i in images)} above {limit:.4f}"
+    verdict = (
+        "no threshold for this size and sigma"
+        if limit is None
+        else f"{sum(i['anomalous'] for i in images)} above {limit:.4f}"
+    )
     print(f"{len(images)} images, {verdict}, {len(errors)} unreadable; heatmaps in {args.out}")
     if args.json:
         settings |= dict(threshold=model.threshold, display_high=high, final_norm=args.final_norm)
