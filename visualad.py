@@ -839,14 +839,23 @@ def real(path: Path) -> Path:
 
 
 def image_files(folder: Path, without: Path | None = None) -> list[Path]:
-    """Every image below a folder, sorted, but hidden files and what lies below `without`."""
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    files = [path for path in files if not path.is_dir()]
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    files = [path for path in files if without is None or without not in real(path).parents]
-    if not files:
-        raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return files
+    """Every image below a folder, sorted, also through links to folders; but what is hidden or lies below
+    `without`. Raises FileNotFoundError where there is none."""
+
+    def walk(here: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+        place = real(here)
+        if place not in above and place != without:  # a link may lead in a circle
+            for path in here.iterdir():
+                if path.name.startswith("."):
+                    continue
+                if path.is_dir():
+                    yield from walk(path, (*above, place))
+                elif path.suffix.lower() in IMAGE_SUFFIXES:
+                    yield path
+
+    if files := sorted(walk(folder, ())):
+        return files
+    raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
 
 
 def is_one(images: Any) -> bool:
@@ -1073,23 +1082,39 @@ def targets(sources: Sequence[Path], out: Path) -> dict[Path, Path]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Scores images and writes heatmaps. Exit status: 0; 1 where an image was unreadable; 2 for an error."""
-    parser = argparse.ArgumentParser(prog="visualad", description="Finds anomalies in images of anything.")
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that mean the same in every program of this library; `load_model` reads them."""
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     add("--model", default="tiny", help=f"{', '.join(PRETRAINED)}, a Hugging Face repo, a folder or a file")
     add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
     add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
-    add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the results here too")
-    add("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
-    add("--calibrate", type=Path, metavar="FOLDER", help="take the threshold from a folder of normal images")
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, default=4.0, help="of the smoothing, in pixels of the input (%(default)s)")
     add("--device", default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the frozen blocks")
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
+
+
+def load_model(args: argparse.Namespace) -> tuple[VisualAD, tuple[int, int]]:
+    """The model and its input size (H, W). Raises as `from_pretrained` and `input_size` do."""
+    if args.size and not re.fullmatch(r"\d+(x\d+)?", args.size):
+        raise ValueError(f"--size must be N or HxW, got {args.size}")
+    size = [int(side) for side in args.size.split("x")] * (2 - args.size.count("x")) if args.size else None
+    options = dict(backbone_weights=args.backbone_weights, final_norm=args.final_norm, device=args.device)
+    model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
+    return model, model.input_size(size)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Scores images and writes heatmaps. Exit status: 0; 1 where an image was unreadable; 2 for an error."""
+    parser = argparse.ArgumentParser(prog="visualad", description="Finds anomalies in images of anything.")
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    model_flags(parser)
+    add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results here too")
+    add("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
+    add("--calibrate", type=Path, metavar="FOLDER", help="take the threshold from a folder of normal images")
     try:
         return run(parser.parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:
@@ -1100,9 +1125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm  # comes with huggingface_hub
 
-    if args.size and not re.fullmatch(r"\d+(x\d+)?", args.size):
-        raise ValueError(f"--size must be N or HxW, got {args.size}")
-    size = [int(side) for side in args.size.split("x")] * (2 - args.size.count("x")) if args.size else None
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"--threshold must be a finite number, got {args.threshold}")
     files = targets(args.images, args.out)
@@ -1111,9 +1133,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
-    options = dict(backbone_weights=args.backbone_weights, final_norm=args.final_norm, device=args.device)
-    model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
-    size = model.input_size(size)
+    model, size = load_model(args)
     settings = dict(size=size, sigma=args.sigma, batch_size=args.batch_size)
     if args.calibrate:
         model.calibrate(args.calibrate, **settings)

@@ -1,0 +1,889 @@
+"""Scores a dataset as it lies on disk: image and pixel AUROC, F1-max and AP, and AUPRO.
+
+   python evaluate.py --data ROOT --model tiny --json result.json
+   torchrun --nproc-per-node=8 evaluate.py --data ROOT --model tiny      # the same digits, sooner
+
+1 datasets as data   2 images and masks   3 metrics   4 one pass over the images   5 command line
+
+B images   H W pixels, of the network's input or (native) of the image itself
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm  # comes with huggingface_hub
+
+from visualad import (
+    VisualAD,
+    ahead,
+    image_files,
+    load_model,
+    model_flags,
+    overlay,
+    real,
+    resize,
+    to_tensor,
+    upsample,
+    write_atomic,
+)
+
+# Without this Intel's library gives other last digits for another number of threads, which torchrun sets.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+# --- 1. datasets as data ---------------------------------------------------------------------------------
+class Layout(NamedTuple):
+    """How images, labels and masks lie under a root. Patterns are regular expressions for a whole path from
+    there, in any case; {split} stands for test or train. Those of images see no suffix and name cls, kind
+    (the folder that tells normal from anomalous) and stem."""
+
+    names: tuple[str, ...]  # that --dataset takes
+    about: str
+    signs: tuple[str, ...]  # each must match a file; (): no file lies deeper than the root
+    images: tuple[str, ...]  # the first that finds anything counts
+    normal: str  # the kinds that are normal, or NO MASK, EMPTY MASK, NONE, UNKNOWN
+    masks: tuple[str, ...] = ()  # no suffix; {folder} holds the image, {up} that folder, {top} that one
+    optional: bool = False  # whether a class may do without masks
+    index: str = ""  # a file that lists the images
+
+
+STEM, GOOD = r"(?P<stem>[^/]+)", "good|ok|normal|no"
+SPECIES = rf"((?P<cls>[^/]+)/)?{{split}}/(?P<kind>[^/]+)/{STEM}"
+LAYOUTS = (
+    Layout(("meta.json",), "meta.json", (), (), "", (), True, "meta.json"),
+    Layout(("visa",), "split_csv/1cls.csv", (), (), "", (), False, "split_csv/1cls.csv"),
+    Layout(
+        ("ksdd2",), "{split}/N.* beside N_GT.*",
+        (r"(test|train)/[^/]+_GT\.\w+",), (rf"{{split}}/{STEM}(?<!_GT)",), "EMPTY MASK", ("{folder}/{stem}_GT",),
+    ),
+    Layout(
+        ("dagm",), "ClassN/{split}/*, Label/STEM_label.*",
+        (r"Class\d+/(test|train)/.+",), (rf"(?P<cls>Class\d+)/{{split}}/{STEM}",),
+        "NO MASK", ("{folder}/Label/{stem}_label",),
+    ),
+    Layout(
+        ("oct17", "brain_ad", "his"), "{split}/{good,Ungood}/[img/]*, {split}/Ungood/label/STEM.*",
+        (r"(test|train|valid)/ungood/.+",),
+        tuple(rf"{{split}}/(?P<kind>good|ungood)/{folder}{STEM}" for folder in ("img/", "")),
+        "good", ("{up}/label/{stem}",), True,
+    ),
+    Layout(
+        ("mvtec", "mpdd", "dtd-synthetic"),
+        "[CLASS/]{split}/{good,DEFECT}/*, [CLASS/]ground_truth/DEFECT/{STEM_mask,STEM}.*",
+        (r"([^/]+/)?(test|train)/good/.+",), (SPECIES,), "good",
+        ("{top}/ground_truth/{kind}/{stem}_mask", "{top}/ground_truth/{kind}/{stem}"),
+    ),
+    Layout(
+        ("btad",), "[CLASS/]{split}/{ok,ko}/*, [CLASS/]ground_truth/ko/STEM.*",
+        (r"([^/]+/)?(test|train)/ok/.+",), (SPECIES,), "ok", ("{top}/ground_truth/{kind}/{stem}",),
+    ),
+    Layout(
+        ("cvc-clinicdb", "endo", "kvasir"), "images/* and masks/*; [PNG/]Original/* and [PNG/]Ground Truth/*",
+        ("(images|((PNG|TIF)/)?Original)/.+", "(masks|((PNG|TIF)/)?Ground Truth)/.+"),
+        tuple(f"{folder}/{STEM}" for folder in ("images", "PNG/Original", "Original", "TIF/Original")),
+        "NONE", ("{up}/masks/{stem}", "{up}/Ground Truth/{stem}"),
+    ),
+    Layout(
+        ("brainmri",), "[brain_tumor_dataset/]{yes,no}/*",
+        ("(brain_tumor_dataset/)?yes/.+", "(brain_tumor_dataset/)?no/.+"),
+        tuple(f"{folder}(?P<kind>yes|no)/{STEM}" for folder in ("", "brain_tumor_dataset/")), "no", (), True,
+    ),
+    Layout(
+        ("folders",), "{good,ok,normal,no}/* beside any other folder",
+        (f"({GOOD})/.+", f"(?!({GOOD})/)[^/]+/.+"), (f"(?P<kind>[^/]+)/(.+/)?{STEM}",), GOOD, (), True,
+    ),
+    Layout(("images",), "images alone, scored without labels", (), (STEM,), "UNKNOWN", (), True),
+)  # fmt: skip
+DATASETS = {name: layout for layout in LAYOUTS for name in layout.names}
+
+
+class Record(NamedTuple):
+    """One image of a dataset."""
+
+    path: Path
+    cls: str
+    kind: str  # what is wrong with it, or how the dataset calls what is normal
+    label: int | None  # 1 anomalous, 0 normal; None: unknown, or told by the mask once that is read
+    mask: Path | None
+    known: bool = False  # whether every pixel's truth is known: true where any image of the class has a mask
+
+
+def read_dataset(
+    root: str | os.PathLike, dataset: str = "auto", split: str = "test"
+) -> tuple[Layout, list[Record], dict[str, str]]:
+    """The layout, the images sorted by class and path, and {file: what is wrong} for what does not pair up.
+
+    dataset: a name in DATASETS, or "auto": the first layout whose signs are there. Masks pair by stem.
+    Raises ValueError for a root in no known layout, FileNotFoundError where there is no image at all.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}")
+    if dataset not in ("auto", *DATASETS) or split not in ("test", "train"):
+        raise ValueError(f"dataset is auto, {', '.join(DATASETS)}; split test, train; got {dataset}, {split}")
+    layout = DATASETS.get(dataset) or next(
+        (x for x in LAYOUTS if x.index and (root / x.index).is_file()), None
+    )
+    if layout and layout.index:
+        rows, faults = listed(layout, root, split)
+    else:
+        files = [path.relative_to(root) for path in image_files(root)]
+        layout = layout or next((x for x in LAYOUTS if not x.index and fits(x, files)), None)
+        rows, faults = matched(layout, root, files, split) if layout else ([], {})
+    if not rows:
+        looked = "".join(f"\n  {x.names[0]}: {x.about}" for x in ([layout] if layout else LAYOUTS))
+        raise ValueError(f"{root} holds no {split} images in a known layout; looked for{looked}")
+    masked = {row.cls for row in rows if row.mask}
+    for row in rows:
+        if row.label != 0 and row.mask is None and (row.cls in masked or not layout.optional):
+            where = " or ".join(layout.masks) or layout.index
+            faults.setdefault(str(row.path), f"{row.path} is anomalous and has no mask: nothing in {where}")
+    rows = [row._replace(known=row.cls in masked) for row in rows]
+    return layout, sorted(rows, key=lambda row: (row.cls, row.path)), faults
+
+
+def fits(layout: Layout, files: Sequence[Path]) -> bool:
+    names = [path.as_posix() for path in files]
+    found = (any(re.fullmatch(sign, name, re.I) for name in names) for sign in layout.signs)
+    return all(found) if layout.signs else not any("/" in name for name in names)
+
+
+def listed(layout: Layout, root: Path, split: str) -> tuple[list[Record], dict[str, str]]:
+    """The images that meta.json or VisA's split_csv/1cls.csv lists."""
+    path, rows = root / layout.index, []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            for cls, entries in json.loads(text)[split].items():
+                for entry in entries:
+                    image, mask = entry["img_path"], entry["mask_path"]
+                    rows.append((image, cls, entry["specie_name"], int(entry["anomaly"]), mask))
+        else:
+            for row in csv.DictReader(io.StringIO(text)):
+                if row["split"] == split:
+                    label = int(row["label"] != "normal")
+                    rows.append((row["image"], row["object"], row["label"], label, row["mask"]))
+        records = []
+        for image, cls, kind, label, mask in rows:
+            mask = root / mask if mask and label else None
+            mask = None if mask and mask.is_dir() else mask  # some generators write the root for "none"
+            records.append(Record(root / image, cls, kind, label, mask))
+        return records, {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not list {split} images as it should: {error!r}") from error
+
+
+def matched(
+    layout: Layout, root: Path, files: Sequence[Path], split: str
+) -> tuple[list[Record], dict[str, str]]:
+    """The images that a layout's patterns find, each with the mask of its stem."""
+    named: dict[str, list[Path]] = {}
+    for path in files:
+        named.setdefault(path.with_suffix("").as_posix(), []).append(path)
+    for pattern in layout.images:
+        rule = re.compile(pattern.replace("{split}", split), re.I)
+        found = [(path, m) for name, paths in named.items() if (m := rule.fullmatch(name)) for path in paths]
+        if found:
+            break
+    rows, faults, used = [], {}, set()
+    for path, match in found:
+        groups = {"cls": None, "kind": "", **match.groupdict()}
+        place = dict(zip(("folder", "up", "top"), path.parents, strict=False))
+        names = (str(PurePosixPath(mask.format(**groups, **place))) for mask in layout.masks)
+        masks = next((named[name] for name in names if name in named), [])
+        rules = {"NO MASK": int(bool(masks)), "EMPTY MASK": None, "NONE": 1, "UNKNOWN": None}
+        label = rules.get(layout.normal, int(groups["kind"].lower() not in layout.normal.split("|")))
+        masks = [] if label == 0 else masks
+        if len(masks) > 1:
+            faults[str(root / path)] = f"{root / path} has {len(masks)} masks: {', '.join(map(str, masks))}"
+        used |= set(masks)
+        cls, mask = groups["cls"] or root.resolve().name, root / masks[0] if masks else None
+        rows.append(Record(root / path, cls, groups["kind"], label, mask))
+    folders, images = {mask.parent for mask in used}, {path for path, _ in found}
+    for path in files:
+        if path.parent in folders and path not in used and path not in images:
+            faults[str(root / path)] = f"{root / path} is a mask without an image"
+    return rows, faults
+
+
+# --- 2. images and masks ---------------------------------------------------------------------------------
+def read_mask(path: str | os.PathLike) -> Tensor:
+    """A mask file -> bool [H, W], true where anomalous: above 0, but above 127 in a JPEG, whose zeros are not
+    exact; in a palette image, any entry but the black one. Raises ValueError, FileNotFoundError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            lossy, image = file.format in ("JPEG", "MPO"), ImageOps.exif_transpose(file)
+        if image.mode == "P":
+            index, palette = np.asarray(image), image.getpalette("RGB")
+            black = [i for i in np.unique(index) if palette[3 * i : 3 * i + 3] == [0, 0, 0]]
+            return torch.from_numpy(index != (black or [0])[0])
+        if image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
+            image = image.convert("RGB")  # which drops an alpha channel
+        values = np.asarray(image)
+        values = values if values.ndim == 2 else values.max(axis=2)
+        return torch.from_numpy(values > (127 if lossy else 0))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no mask {path}") from error
+    except Exception as error:
+        raise ValueError(f"cannot read {path} as a mask: {error}") from error
+
+
+def shrink(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """bool [H, W] -> bool at `size`, as the published protocol does: bilinear, antialiased, above a half."""
+    if not mask.any():
+        return torch.zeros(*size, dtype=torch.bool)
+    return F.interpolate(mask[None, None].float(), tuple(size), mode="bilinear", antialias=True)[0, 0] > 0.5
+
+
+def read(record: Record) -> tuple[Tensor, Tensor | None]:
+    """Image [3, H, W] as `to_tensor` gives it, mask bool [H, W], None where pixels are unknown. Raises
+    ValueError for what is no image, or a mask of another size; FileNotFoundError."""
+    image = to_tensor(record.path)
+    if not record.known:
+        return image, None
+    mask = read_mask(record.mask) if record.mask else torch.zeros(image.shape[1:], dtype=torch.bool)
+    if mask.shape != image.shape[1:]:
+        (h, w), (H, W) = mask.shape, image.shape[1:]
+        raise ValueError(f"{record.mask} is {w} x {h} px, but its image {record.path} {W} x {H}")
+    return image, mask
+
+
+def examine(record: Record) -> tuple[Record, str | None]:
+    """The record with its label, and what is wrong with its files, if anything."""
+    try:
+        _, mask = read(record)
+    except (ValueError, OSError) as error:
+        return record, str(error)
+    if record.label is None and mask is not None:
+        record = record._replace(label=int(mask.any()))
+    return record, None
+
+
+class Samples(Dataset):
+    """(index, image fp32 [3, H, W] at `size`, mask bool, own size): mask at `size` or, native, at own size."""
+
+    def __init__(self, records: Sequence[Record], size: Sequence[int], native: bool = False):
+        self.records, self.size, self.native = records, tuple(size), native
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None, torch.Size]:
+        image, mask = read(self.records[i])
+        own = image.shape[1:]
+        if mask is not None and not self.native:
+            mask = shrink(mask, self.size)
+        return i, resize(image, self.size), mask, own
+
+
+def collate(samples: Iterable) -> tuple[tuple, Tensor, tuple, tuple]:
+    index, images, masks, own = zip(*samples, strict=True)
+    return index, torch.stack(images), masks, own
+
+
+# --- 3. metrics ------------------------------------------------------------------------------------------
+def ranking(anomalous: Tensor, normal: Tensor) -> dict[str, float | None]:
+    """AUROC, F1-max and AP from counts [n] per distinct score, highest first; None where one kind is missing.
+    The same numbers as scikit-learn's roc_auc_score, precision_recall_curve and average_precision_score."""
+    hits, false = anomalous.double().cumsum(0), normal.double().cumsum(0)
+    if not len(hits) or hits[-1] == 0 or false[-1] == 0:
+        return dict(auroc=None, f1_max=None, ap=None)
+    steps, P, N = anomalous.double(), hits[-1], false[-1]
+    auroc = (normal * (hits - steps / 2)).sum() / (P * N)
+    ap = (steps * hits / (hits + false)).sum() / P
+    return dict(auroc=auroc.item(), f1_max=(2 * hits / (hits + false + P)).max().item(), ap=ap.item())
+
+
+def image_metrics(labels: Sequence[int], scores: Sequence[float]) -> dict[str, float | None]:
+    """labels [n], 1 anomalous or 0 normal, and scores [n] -> auroc, f1_max and ap in [0, 1], exact; None
+    where there is one kind only. Raises ValueError for other labels, lengths or scores that are not finite."""
+    labels, scores = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (labels, scores))
+    if labels.ndim != 1 or labels.shape != scores.shape or not torch.isin(labels, torch.tensor([0, 1])).all():
+        raise ValueError(
+            f"labels must be 0 or 1, one a score; got {list(labels.shape)}, {list(scores.shape)}"
+        )
+    if not scores.isfinite().all():
+        raise ValueError("scores must be finite")
+    values, place = (-scores).unique(return_inverse=True)
+    anomalous, normal = (torch.bincount(place[labels == kind], minlength=len(values)) for kind in (1, 0))
+    return ranking(anomalous, normal)
+
+
+def region_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [B, H, W] -> for each true pixel, in order, int64 round(2^44 / area of its 8-connected region), and
+    the number of regions. It labels runs of pixels in a row: a mask has hundreds where it has 268,000 pixels."""
+    row = masks.shape[2] + 1
+    pixels = F.pad(
+        masks, (0, 1, 0, 1)
+    ).flatten()  # a false column and row: no run goes on, no image is joined
+    first = (pixels & ~pixels.roll(1)).nonzero()[:, 0]
+    last = (pixels & ~pixels.roll(-1)).nonzero()[:, 0]
+    # A run touches those of the next row that end not before, and start not after, its ends moved out by one.
+    begin = torch.searchsorted(last, first + row - 1)
+    count = (torch.searchsorted(first, last + row + 1, right=True) - begin).clamp(min=0)
+    run = torch.arange(len(first), device=masks.device)
+    upper = run.repeat_interleave(count)
+    skipped = (count.cumsum(0) - count)[upper]
+    lower = begin[upper] + torch.arange(len(upper), device=masks.device) - skipped
+    region, before = run, None
+    while before is None or not torch.equal(region, before):
+        before, least = region, torch.minimum(region[upper], region[lower])
+        for end in (upper, lower):  # each link pulls the roots of both its ends down to the lesser
+            region = region.scatter_reduce(0, before[end], least, "amin")
+        region = region[region]
+    length = last - first + 1
+    area = torch.zeros_like(run).scatter_add_(0, region, length)[region]
+    weight = (2.0**44 / area.double()).round().long()
+    return weight.repeat_interleave(length), (region == run).sum()
+
+
+class PixelHistogram:
+    """Every pixel metric in one pass and constant memory: counts per bin of the map value of normal pixels, of
+    anomalous ones, and of these again, each weighted by 1 / area of its region. Histograms add up (`merge`)
+    across images, processes and machines, in any order, to the same digits.
+
+    low, high: the range of the values, [-2L, 2L] for VisualAD. Pixels in one bin count as tied, so metrics are
+    exact for values rounded to the middles of the bins; measured on raw values whose standard deviation is
+    2,500 bin widths or more, they are within 1e-4. Raises ValueError for an empty range.
+    """
+
+    def __init__(
+        self, low: float, high: float, bins: int = 2**20, device: str | torch.device = "cpu"
+    ) -> None:
+        if not (math.isfinite(low) and math.isfinite(high) and low < high and bins >= 1):
+            raise ValueError(f"wanted finite low < high and at least one bin, got {low}, {high}, {bins}")
+        self.low, self.high, self.bins = float(low), float(high), int(bins)
+        self.counts = torch.zeros(
+            3, self.bins, dtype=torch.int64, device=device
+        )  # normal, anomalous, weighted
+        self.regions = torch.zeros((), dtype=torch.int64, device=device)
+        self.extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=device)  # -min, max
+
+    def update(self, maps: Tensor, masks: Tensor) -> None:
+        """maps: float [B, H, W] in [low, high]. masks: the same shape, bool, or 0 and 1: anomalous pixels.
+        Raises ValueError for anything else; a value outside the range is an error, not clipped."""
+        if maps.shape != masks.shape or maps.ndim != 3 or not maps.is_floating_point():
+            got = f"{maps.dtype} {list(maps.shape)} and {list(masks.shape)}"
+            raise ValueError(f"maps must be float [B, H, W], masks of the same shape; got {got}")
+        maps, masks = maps.detach().to(self.counts.device), masks.to(self.counts.device)
+        if masks.dtype != torch.bool:
+            if not ((masks == 0) | (masks == 1)).all():
+                raise ValueError("masks must be bool, or 0 and 1")
+            masks = masks.bool()
+        if not maps.numel():
+            return
+        low, high = maps.aminmax()
+        if not (self.low <= low and high <= self.high):  # also where one is not a number
+            raise ValueError(f"map values must lie in [{self.low}, {self.high}], got {low:g} to {high:g}")
+        place = (maps.double() - self.low).mul_(self.bins / (self.high - self.low)).long()
+        place.clamp_(max=self.bins - 1)
+        both = torch.bincount((place + self.bins * masks).flatten(), minlength=2 * self.bins)
+        self.counts[:2] += both.view(2, -1)
+        weights, regions = region_weights(masks)
+        self.counts[2].scatter_add_(0, place[masks], weights)
+        self.regions += regions
+        self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]).double())
+
+    def merge(self, other: PixelHistogram) -> None:
+        """Adds what another histogram of the same bins has seen. Raises ValueError for other bins."""
+        if (self.low, self.high, self.bins) != (other.low, other.high, other.bins):
+            ours, theirs = ((h.low, h.high, h.bins) for h in (self, other))
+            raise ValueError(f"histograms of other bins do not add up: {ours} and {theirs}")
+        self.counts += other.counts.to(self.counts.device)
+        self.regions += other.regions.to(self.counts.device)
+        self.extremes = torch.maximum(self.extremes, other.extremes.to(self.counts.device))
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` rebuilds it from, as small as its used bins."""
+        used = self.counts.any(dim=0).nonzero()[:, 0]
+        fields = dict(low=self.low, high=self.high, bins=self.bins, used=used, counts=self.counts[:, used])
+        return fields | dict(regions=self.regions, extremes=self.extremes)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: str | torch.device = "cpu") -> PixelHistogram:
+        self = cls(state["low"], state["high"], state["bins"], device)
+        self.counts[:, state["used"].to(device)] = state["counts"].to(device)
+        self.regions, self.extremes = (state[name].to(device) for name in ("regions", "extremes"))
+        return self
+
+    def metrics(self, pro: str = "exact") -> dict[str, float | None]:
+        """auroc, f1_max, ap and aupro in [0, 1]; None where only one kind of pixel was seen.
+
+        pro: "exact" integrates the mean overlap of regions over the false positive rate of all normal pixels up
+        to 0.3; "published" is the variant of this family of papers, with 200 thresholds between the least and
+        the largest value and the rate min-max renormalised: compare it with their tables only.
+        """
+        if pro not in ("exact", "published"):
+            raise ValueError(f"pro must be 'exact' or 'published', got {pro!r}")
+        counts = self.counts.cpu()
+        used = counts[:2].any(dim=0).nonzero()[:, 0].flip(0)  # bins, the highest first
+        normal, anomalous, weights = counts[:, used]
+        found: dict[str, float | None] = {**ranking(anomalous, normal), "aupro": None}
+        if found["auroc"] is None:
+            return found
+        rate, overlap = (F.pad(x.cumsum(0).double() / x.sum(), (1, 0)) for x in (normal, weights))  # per bin
+        if pro == "exact":
+            width, rise = rate.diff(), overlap.diff()
+            inside = (0.3 - rate[:-1]).clamp(min=0).minimum(width)  # the bin that crosses 0.3 counts in part
+            middle = overlap[:-1] + rise * (inside / width).nan_to_num() / 2
+            found["aupro"] = (inside * middle).sum().item() / 0.3
+        else:
+            low, high = (self.extremes.cpu() * torch.tensor([-1, 1])).tolist()
+            limits = low + torch.arange(200, dtype=torch.float64) * ((high - low) / 200)
+            limits = (limits - self.low) * (
+                self.bins / (self.high - self.low)
+            ) - 0.5  # in bins, at their middles
+            above = len(used) - torch.searchsorted(used.flip(0).double(), limits, right=True)
+            above[0] = len(used) - 1  # what exceeds the minimum: all bins but the last
+            rate, overlap = rate[above], overlap[above]
+            rate, overlap = rate[rate < 0.3], overlap[rate < 0.3]
+            if len(rate) > 1 and rate[0] > rate[-1]:
+                rate = (rate - rate[-1]) / (rate[0] - rate[-1])
+                found["aupro"] = -torch.trapezoid(overlap, rate).item()
+        return found
+
+
+# --- 4. one pass over the images -------------------------------------------------------------------------
+METRICS = (
+    "image_auroc",
+    "image_f1_max",
+    "image_ap",
+    "pixel_auroc",
+    "pixel_f1_max",
+    "pixel_ap",
+    "pixel_aupro",
+)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, in order; of this process alone where there is one."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def collect(histogram: PixelHistogram) -> PixelHistogram:
+    """The histograms of all ranks, added up on rank 0; an empty one on the others."""
+    if dist.is_initialized():
+        for part in (histogram.counts, histogram.regions):
+            dist.reduce(part, 0)
+        dist.reduce(histogram.extremes, 0, dist.ReduceOp.MAX)
+        if dist.get_rank():
+            return PixelHistogram(histogram.low, histogram.high, histogram.bins, histogram.counts.device)
+    return histogram
+
+
+def save_state(path: Path, run: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(run, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_state(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The interrupted run of a state file, `fresh` if there is none. Raises ValueError for another key."""
+    if not path.is_file():
+        return fresh
+    try:
+        run = torch.load(path, weights_only=True)
+        key = run["key"]
+        differ = [name for name in {**key, **fresh["key"]} if key.get(name) != fresh["key"].get(name)]
+    except Exception as error:
+        raise ValueError(f"cannot read {path} as the state of a run: {error}") from error
+    if differ:
+        told = ", ".join(f"{name} {key.get(name)!r}, now {fresh['key'].get(name)!r}" for name in differ)
+        raise ValueError(f"{path} belongs to another run: {told}")
+    return run
+
+
+def evaluate(
+    model: VisualAD, records: Sequence[Record], *, size: int | Sequence[int] | None = None, sigma: float = 4.0,
+    batch_size: int = 8, workers: int = 0, native: bool = False, pro: str = "exact", bins: int = 2**20,
+    each: Callable[[Record, Tensor, Tensor, Tensor | None, float], None] | None = None,
+    state: Path | None = None, key: Mapping[str, Any] | None = None, resume: bool = False,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Scores records -> {"classes": {class: {metric: value or None}}, "mean": {metric: value or None}, "scores":
+    [one a record]}; under torchrun on rank 0, None on the others.
+
+    size, sigma: as for `VisualAD.predict`. workers: processes that decode. native: compare pixels at each
+    image's own size. pro, bins: of `PixelHistogram`. each: called with record, image [3, H, W], map [H, W],
+    mask [H, W] or None, and score. state: where the run is saved as it goes, and whence `resume` takes it up if
+    it is there. Raises ValueError where `infer` does, and for a state with another key; on all ranks if on one.
+    """
+    size, device = model.input_size(size), model.tokens.device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    members: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        members.setdefault(record.cls, []).append(i)
+    batches, spans = [], {}  # no batch has two classes: each class can be closed, its histogram dropped
+    for cls, indices in members.items():
+        begin = len(batches)
+        batches += [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        spans[cls] = begin, len(batches)
+    reach, place = 2.0 * len(model.layers), "cpu" if device.type == "mps" else device  # mps has no fp64
+    run: dict[str, Any] = dict(key=dict(key or {}), done=0, scores=[None] * len(records), classes={}, open={})
+    if resume and state and rank == 0:
+        run = load_state(state, run)
+    done, scores, classes = gather(run["done"])[0], run["scores"], run["classes"]
+    histograms = {cls: PixelHistogram.from_state(part, place) for cls, part in run["open"].items()}
+
+    def score(batch: tuple) -> list[tuple[int, float]]:
+        index, images, masks, own = batch
+        maps, found = model.infer(images.to(device, non_blocking=True), sigma)
+        if not found.isfinite().all():
+            raise ValueError("scores are not finite: damaged weights, or a dtype too narrow for them")
+        maps = (
+            [upsample(m[None, None], to)[0, 0] for m, to in zip(maps, own, strict=True)] if native else maps
+        )
+        if masks[0] is not None:
+            histogram = histogram_of(records[index[0]].cls)
+            for part, mask in zip(maps, masks, strict=True) if native else [(maps, torch.stack(masks))]:
+                histogram.update(part.view(-1, *part.shape[-2:]), mask.view(-1, *mask.shape[-2:]))
+        found = found.tolist()
+        for i, image, heat, mask, value in (
+            zip(index, images, maps, masks, found, strict=True) if each else ()
+        ):
+            each(records[i], image, heat.cpu(), mask, value)
+        return list(zip(index, found, strict=True))
+
+    def histogram_of(cls: str) -> PixelHistogram:
+        return histograms.setdefault(cls, PixelHistogram(-reach, reach, bins, place))
+
+    mine = batches[done + rank :: world]
+    loader = iter(
+        DataLoader(
+            Samples(records, size, native), batch_sampler=mine, collate_fn=collate,
+            num_workers=min(workers, len(mine)), pin_memory=device.type == "cuda",
+        )
+    )  # fmt: skip
+    saved, cost = time.monotonic(), 0.01
+    with tqdm(total=len(records), unit=" images", disable=rank > 0 or None) as bar:
+        bar.update(sum(map(len, batches[:done])))
+        while done < len(batches):
+            news, failure = [], None
+            try:
+                if done + rank < len(batches):
+                    news = score(next(loader))
+            except Exception as error:
+                failure = error
+            due = state is not None and time.monotonic() - saved > 20 * cost  # one twentieth of the time
+            told = gather((news, failure is not None, due))
+            if failure:
+                raise failure
+            if any(failed for _, failed, _ in told):
+                sys.exit(2)  # the rank that failed says why
+            done = min(done + world, len(batches))
+            for i, value in (pair for pairs, *_ in told for pair in pairs):
+                scores[i] = value
+                bar.update()
+            for cls, (begin, end) in spans.items():
+                if cls in classes or begin >= done or not (end <= done or told[0][2]):
+                    continue
+                if records[members[cls][0]].known:
+                    histograms[cls] = collect(histogram_of(cls))
+                if end <= done:
+                    pixels = histograms.pop(cls).metrics(pro) if cls in histograms else {}
+                    classes[cls] = (
+                        summary([records[i] for i in members[cls]], [scores[i] for i in members[cls]], pixels)
+                        if rank == 0
+                        else {}
+                    )
+            if told[0][2] and rank == 0:
+                begun = time.monotonic()
+                parts = {cls: histogram.state() for cls, histogram in histograms.items()}
+                save_state(state, dict(key=run["key"], done=done, scores=scores, classes=classes, open=parts))
+                saved = time.monotonic()
+                cost = saved - begun
+    if rank:
+        return None
+    values = {
+        name: [found[name] for found in classes.values() if found[name] is not None] for name in METRICS
+    }
+    mean = {name: sum(found) / len(found) if found else None for name, found in values.items()}
+    return dict(classes=classes, mean=mean, scores=scores)
+
+
+def summary(
+    records: Sequence[Record], scores: Sequence[float], pixels: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """One class's row of the table."""
+    labels = [record.label for record in records]
+    images = {} if None in labels else image_metrics(labels, scores)
+    found = {f"image_{name}": value for name, value in images.items()} | {
+        f"pixel_{name}": value for name, value in pixels.items()
+    }
+    return {name: found.get(name) for name in METRICS}
+
+
+# --- 5. command line -------------------------------------------------------------------------------------
+def table(result: Mapping[str, Any], counts: Mapping[str, int], pro: str) -> str:
+    """In percent; "-" where a class cannot have the number."""
+    last = "AUPRO" if pro == "exact" else "PRO*"
+    rows = [
+        ["", "", "image", "", "", "pixel", "", "", ""],
+        ["class", "images", "AUROC", "F1-max", "AP", "AUROC", "F1-max", "AP", last],
+    ]
+    for name, found in [*result["classes"].items(), ("mean", result["mean"])]:
+        numbers = ["-" if found[metric] is None else f"{100 * found[metric]:.1f}" for metric in METRICS]
+        rows.append([name, str(counts.get(name, sum(counts.values()))), *numbers])
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{row[0]:{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows]
+    return "\n".join(lines + ["* the published variant of PRO, not comparable with AUPRO"] * (pro != "exact"))
+
+
+def name_of(path: Path, root: Path) -> str:
+    """An image's path from the dataset's root; its whole path if it lies elsewhere."""
+    path, root = Path(os.path.normpath(path.absolute())), Path(os.path.normpath(root.absolute()))
+    return (path.relative_to(root) if root in path.parents else path).as_posix()
+
+
+def strip(image: Tensor, heat: Tensor, mask: Tensor | None, high: float) -> bytes:
+    """A PNG of image, mask (grey where unknown) and heatmap, side by side."""
+    from PIL import Image
+
+    image = image if image.dtype == torch.uint8 else (image * 255).round().byte()
+    truth = (
+        torch.full(image.shape, 128, dtype=torch.uint8)
+        if mask is None
+        else mask.byte().mul(255).expand(3, -1, -1)
+    )
+    panels = [Image.fromarray(x.movedim(0, -1).contiguous().numpy()) for x in (image, truth)]
+    panels.append(overlay(image, heat, high=high))
+    whole, png = Image.new("RGB", (3 * image.shape[2] + 16, image.shape[1]), "white"), io.BytesIO()
+    for i, panel in enumerate(panels):
+        whole.paste(panel, (i * (image.shape[2] + 8), 0))
+    whole.save(png, "PNG", compress_level=1)
+    return png.getvalue()
+
+
+def page(title: str, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """index.html of the heatmaps, the highest score of each class first."""
+    kinds = {0: "normal", 1: "anomalous", None: "unlabelled"}
+    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"]
+    parts.append(
+        "<style>body{font:15px sans-serif;margin:2em}img{max-width:100%;height:auto}figure{margin:1em 0}</style>"
+    )
+    parts.append(f"<h1>{html.escape(title)}</h1><pre>{html.escape(text)}</pre>")
+    parts.append("<p>Image, mask, heatmap: plain at 0, yellow, then red, on one scale for all.</p>")
+    cls = None
+    for record in sorted(records, key=lambda record: (record["class"], -record["score"])):
+        if record["class"] != cls:
+            cls = record["class"]
+            parts.append(f"<h2>{html.escape(cls)}</h2>")
+        name = record["path"].lstrip("/")
+        about = f"{record['score']:.4f} {kinds[record['label']]} {html.escape(name)}"
+        parts.append(
+            f"<figure><img loading=lazy src='{quote(name)}.png'><figcaption>{about}</figcaption></figure>"
+        )
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for an error; 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="ROOT", help="a dataset in any of its known layouts")
+    add(
+        "--dataset",
+        default="auto",
+        choices=("auto", *DATASETS),
+        help="the layout (%(default)s: by its files)",
+    )
+    add("--split", default="test", choices=("test", "train"), help="(%(default)s)")
+    add("--classes", metavar="A,B", help="only these")
+    add("--limit", type=int, metavar="N", help="only N images of each class, evenly spread")
+    add("--skip-bad", action="store_true", help="go on without missing, unreadable or mismatched files")
+    model_flags(parser)
+    add("--native", action="store_true", help="compare pixels at each image's own size, not the network's")
+    add("--pro", default="exact", choices=("exact", "published"),
+        help="exact: area under the per-region overlap up to a false positive rate of 0.3; published: the variant "
+        "in the tables of this family of papers (200 thresholds, rate renormalised). The two differ: on one set "
+        "0.765 and 0.770")  # fmt: skip
+    add("--workers", type=int, metavar="N", help="processes that decode; default: one a core, at most 8")
+    add("--json", type=Path, metavar="FILE", help="write settings, metrics and every image's score here")
+    add("--save-maps", type=Path, metavar="FOLDER", help="write each map as float32 .npy here")
+    add(
+        "--heatmaps",
+        type=Path,
+        metavar="FOLDER",
+        help="write image, mask and heatmap of each, and index.html",
+    )
+    add("--state", type=Path, metavar="FILE", help="what --resume needs; default: the --json name + .state")
+    add("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    args = parser.parse_args(arguments)
+    try:
+        return run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"evaluate: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on" if args.json or args.state else ""
+        print(f"evaluate: interrupted{hint}", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def select(records: list[Record], classes: str | None, limit: int | None) -> list[Record]:
+    """The records of some classes, N of each, evenly spread so that normal and anomalous ones are among them."""
+    names = sorted({record.cls for record in records})
+    chosen = classes.split(",") if classes else names
+    if unknown := set(chosen) - set(names):
+        raise ValueError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    kept = []
+    for name in names:
+        if name in chosen:
+            rows = [record for record in records if record.cls == name]
+            n = min(limit or len(rows), len(rows))
+            kept += [rows[(2 * i + 1) * len(rows) // (2 * n)] for i in range(n)]
+    return kept
+
+
+def run(args: argparse.Namespace) -> int:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
+    say = print if rank == 0 else lambda *_, **__: None
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    state = args.state or (args.json and args.json.with_name(args.json.name + ".state"))
+    if args.resume and not state:
+        raise ValueError("--resume needs --state or --json")
+    for folder in (args.save_maps, args.heatmaps):
+        if folder and real(args.data) in (real(folder), *real(folder).parents):
+            raise ValueError(f"{folder} lies in the dataset, which would then read it: choose another folder")
+
+    layout, everything, faults = read_dataset(args.data, args.dataset, args.split)
+    records = select(everything, args.classes, args.limit)
+    model, size = load_model(args)
+    paths = {str(record.path) for record in records}
+    if len(records) < len(everything):
+        faults = {path: fault for path, fault in faults.items() if path in paths}
+    bar = tqdm(
+        ahead(examine, records[rank::world], 64),
+        "checking",
+        len(records[rank::world]),
+        disable=rank > 0 or None,
+        leave=False,
+    )
+    shares = gather(list(bar))
+    examined = [shares[i % world][i // world] for i in range(len(records))]
+    faults |= {
+        str(record.path): fault for record, fault in examined if fault and str(record.path) not in faults
+    }
+    if faults and not args.skip_bad:
+        listing = "".join(f"\n  {fault}" for fault in faults.values())
+        raise ValueError(f"{len(faults)} files cannot be used (--skip-bad goes on without them):{listing}")
+    records = [record for record, _ in examined if str(record.path) not in faults]
+    if not records:
+        raise ValueError("no image is left")
+    labels = [record.label for record in records]
+    kinds = {"normal": 0, "anomalous": 1, "unlabelled": None}
+    counted = ", ".join(f"{labels.count(kind)} {name}" for name, kind in kinds.items() if kind in labels)
+    members = {cls: sum(record.cls == cls for record in records) for cls in sorted({r.cls for r in records})}
+    say(f"{args.data}: {layout.names[0]} layout ({layout.about}), {args.split} split")
+    say(f"{len(records)} images, {len(members)} classes: {counted}; {len(faults)} files left out")
+
+    names = {record.path: name_of(record.path, args.data) for record in records}
+    digest, listing = (
+        hashlib.sha256(),
+        hashlib.sha256(repr([(names[r.path], *r[1:4], r.known) for r in records]).encode()),
+    )
+    for tensor in model.learned().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    reach = 2.0 * len(model.layers)
+    histogram = PixelHistogram(-reach, reach)
+    settings = dict(
+        dataset=layout.names[0], split=args.split, classes=args.classes, limit=args.limit, skip_bad=args.skip_bad,
+        size=list(size), sigma=args.sigma, batch_size=args.batch_size, device=model.tokens.device.type,
+        dtype=args.dtype, final_norm=args.final_norm, weights_sha256=digest.hexdigest(),
+        backbone_weights=args.backbone_weights and str(args.backbone_weights), native=args.native, pro=args.pro,
+        map_range=[-reach, reach], bins=histogram.bins, bin_width=2 * reach / histogram.bins,
+    )  # fmt: skip
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    versions |= {name: version(name) for name in ("numpy", "pillow")}
+    key = dict(model=args.model, data=str(args.data), **settings, **versions, images=listing.hexdigest())
+
+    def keep(record: Record, image: Tensor, heat: Tensor, mask: Tensor | None, score: float) -> None:
+        name = names[record.path].lstrip("/")
+        if args.save_maps:
+            buffer = io.BytesIO()
+            np.save(buffer, heat.float().numpy())
+            write(args.save_maps / f"{name}.npy", buffer.getvalue())
+        if args.heatmaps:
+            image = to_tensor(record.path) if args.native else image
+            write(
+                args.heatmaps / f"{name}.png",
+                strip(image, heat, mask, model.display_high or len(model.layers)),
+            )
+
+    workers = min(8, max(1, (os.cpu_count() or 1) // world)) if args.workers is None else args.workers
+    result = evaluate(
+        model, records, size=size, sigma=args.sigma, batch_size=args.batch_size, workers=workers,
+        native=args.native, pro=args.pro, each=keep if args.save_maps or args.heatmaps else None,
+        state=state, key=key, resume=args.resume,
+    )  # fmt: skip
+    if result is None:
+        return 0
+    rows = [
+        dict(path=names[record.path], label=record.label, score=score, **{"class": record.cls})
+        for record, score in zip(records, result["scores"], strict=True)
+    ]
+    rows.sort(key=lambda row: row["path"])
+    for row in rows if not any(label is not None for label in labels) else ():
+        print(f"{row['score']:8.4f}  {row['path']}")
+    text = table(result, members, args.pro)
+    print(text)
+    if args.heatmaps:
+        write(args.heatmaps / "index.html", page(f"{args.model} on {args.data}", text, rows).encode())
+        print(f"heatmaps: {args.heatmaps / 'index.html'}")
+    if args.json:
+        report = dict(model=args.model, data=str(args.data), settings=settings, versions=versions)
+        report |= dict(
+            left_out=list(faults.values()), classes=result["classes"], mean=result["mean"], records=rows
+        )
+        write(args.json, json.dumps(report, indent=2, allow_nan=False).encode())
+    if state:
+        state.unlink(missing_ok=True)
+    return 0
+
+
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
