@@ -22,8 +22,11 @@ import platform
 import re
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -48,7 +51,7 @@ from visualad import (
     to_tensor,
     upsample,
     write_atomic,
-)
+)  # fmt: skip
 
 # Without this Intel's library gives other last digits for another number of threads, which torchrun sets.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -77,7 +80,8 @@ LAYOUTS = (
     Layout(("visa",), "split_csv/1cls.csv", (), (), "", (), False, "split_csv/1cls.csv"),
     Layout(
         ("ksdd2",), "{split}/N.* beside N_GT.*",
-        (r"(test|train)/[^/]+_GT\.\w+",), (rf"{{split}}/{STEM}(?<!_GT)",), "EMPTY MASK", ("{folder}/{stem}_GT",),
+        (r"(test|train)/[^/]+_GT\.\w+",), (rf"{{split}}/{STEM}(?<!_GT)",),
+        "EMPTY MASK", ("{folder}/{stem}_GT",),
     ),
     Layout(
         ("dagm",), "ClassN/{split}/*, Label/STEM_label.*",
@@ -144,17 +148,16 @@ def read_dataset(
         raise FileNotFoundError(f"no folder {root}")
     if dataset not in ("auto", *DATASETS) or split not in ("test", "train"):
         raise ValueError(f"dataset is auto, {', '.join(DATASETS)}; split test, train; got {dataset}, {split}")
-    layout = DATASETS.get(dataset) or next(
-        (x for x in LAYOUTS if x.index and (root / x.index).is_file()), None
-    )
+    indexed = (row for row in LAYOUTS if row.index and (root / row.index).is_file())
+    layout = DATASETS.get(dataset) or next(indexed, None)
     if layout and layout.index:
         rows, faults = listed(layout, root, split)
     else:
         files = [path.relative_to(root) for path in image_files(root)]
-        layout = layout or next((x for x in LAYOUTS if not x.index and fits(x, files)), None)
+        layout = layout or next((row for row in LAYOUTS if not row.index and fits(row, files)), None)
         rows, faults = matched(layout, root, files, split) if layout else ([], {})
     if not rows:
-        looked = "".join(f"\n  {x.names[0]}: {x.about}" for x in ([layout] if layout else LAYOUTS))
+        looked = "".join(f"\n  {row.names[0]}: {row.about}" for row in ([layout] if layout else LAYOUTS))
         raise ValueError(f"{root} holds no {split} images in a known layout; looked for{looked}")
     masked = {row.cls for row in rows if row.mask}
     for row in rows:
@@ -196,9 +199,7 @@ def listed(layout: Layout, root: Path, split: str) -> tuple[list[Record], dict[s
         raise ValueError(f"{path} does not list {split} images as it should: {error!r}") from error
 
 
-def matched(
-    layout: Layout, root: Path, files: Sequence[Path], split: str
-) -> tuple[list[Record], dict[str, str]]:
+def matched(layout: Layout, root: Path, files: Sequence[Path], split: str) -> tuple[list, dict[str, str]]:
     """The images that a layout's patterns find, each with the mask of its stem."""
     named: dict[str, list[Path]] = {}
     for path in files:
@@ -285,7 +286,8 @@ def examine(record: Record) -> tuple[Record, str | None]:
 
 
 class Samples(Dataset):
-    """(index, image fp32 [3, H, W] at `size`, mask bool, own size): mask at `size` or, native, at own size."""
+    """Records as (index, image fp32 [3, H, W] at `size`, mask bool at `size` or, native, at the image's own
+    size, or None, that own size)."""
 
     def __init__(self, records: Sequence[Record], size: Sequence[int], native: bool = False):
         self.records, self.size, self.native = records, tuple(size), native
@@ -307,43 +309,39 @@ def collate(samples: Iterable) -> tuple[tuple, Tensor, tuple, tuple]:
 
 
 # --- 3. metrics ------------------------------------------------------------------------------------------
-def ranking(anomalous: Tensor, normal: Tensor) -> dict[str, float | None]:
+def ranking(anomalous: np.ndarray, normal: np.ndarray) -> dict[str, float | None]:
     """AUROC, F1-max and AP from counts [n] per distinct score, highest first; None where one kind is missing.
-    The same numbers as scikit-learn's roc_auc_score, precision_recall_curve and average_precision_score."""
-    hits, false = anomalous.double().cumsum(0), normal.double().cumsum(0)
+    The numbers of scikit-learn's roc_auc_score, precision_recall_curve and average_precision_score."""
+    hits, false = anomalous.cumsum(dtype=float), normal.cumsum(dtype=float)
     if not len(hits) or hits[-1] == 0 or false[-1] == 0:
         return dict(auroc=None, f1_max=None, ap=None)
-    steps, P, N = anomalous.double(), hits[-1], false[-1]
-    auroc = (normal * (hits - steps / 2)).sum() / (P * N)
-    ap = (steps * hits / (hits + false)).sum() / P
-    return dict(auroc=auroc.item(), f1_max=(2 * hits / (hits + false + P)).max().item(), ap=ap.item())
+    # numpy, not torch: the order of its sums does not depend on the number of threads
+    auroc = (normal * (hits - anomalous / 2)).sum() / (hits[-1] * false[-1])
+    ap = (anomalous * hits / (hits + false)).sum() / hits[-1]
+    return dict(auroc=float(auroc), f1_max=float((2 * hits / (hits + false + hits[-1])).max()), ap=float(ap))
 
 
 def image_metrics(labels: Sequence[int], scores: Sequence[float]) -> dict[str, float | None]:
     """labels [n], 1 anomalous or 0 normal, and scores [n] -> auroc, f1_max and ap in [0, 1], exact; None
-    where there is one kind only. Raises ValueError for other labels, lengths or scores that are not finite."""
-    labels, scores = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (labels, scores))
-    if labels.ndim != 1 or labels.shape != scores.shape or not torch.isin(labels, torch.tensor([0, 1])).all():
-        raise ValueError(
-            f"labels must be 0 or 1, one a score; got {list(labels.shape)}, {list(scores.shape)}"
-        )
-    if not scores.isfinite().all():
+    where there is one kind only. Raises ValueError for other labels or lengths, or scores not finite."""
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=float)
+    if labels.ndim != 1 or labels.shape != scores.shape or not np.isin(labels, (0, 1)).all():
+        got = f"{list(labels.shape)} and {list(scores.shape)}"
+        raise ValueError(f"labels and scores must be [n], each label 0 or 1; got {got}")
+    if not np.isfinite(scores).all():
         raise ValueError("scores must be finite")
-    values, place = (-scores).unique(return_inverse=True)
-    anomalous, normal = (torch.bincount(place[labels == kind], minlength=len(values)) for kind in (1, 0))
-    return ranking(anomalous, normal)
+    values, place = np.unique(-scores, return_inverse=True)
+    return ranking(*(np.bincount(place[labels == kind], minlength=len(values)) for kind in (1, 0)))
 
 
 def region_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [B, H, W] -> for each true pixel, in order, int64 round(2^44 / area of its 8-connected region), and
-    the number of regions. It labels runs of pixels in a row: a mask has hundreds where it has 268,000 pixels."""
+    """bool [B, H, W] -> for each true pixel, in order, int64 round(2^44 / area of its 8-connected region);
+    and the number of regions. What is labelled are runs of pixels in a row: hundreds, not 268,000 pixels."""
     row = masks.shape[2] + 1
-    pixels = F.pad(
-        masks, (0, 1, 0, 1)
-    ).flatten()  # a false column and row: no run goes on, no image is joined
+    pixels = F.pad(masks, (0, 1, 0, 1)).flatten()  # a false column and row keep runs and images apart
     first = (pixels & ~pixels.roll(1)).nonzero()[:, 0]
     last = (pixels & ~pixels.roll(-1)).nonzero()[:, 0]
-    # A run touches those of the next row that end not before, and start not after, its ends moved out by one.
+    # A run touches those of the next row that end not before and start not after its ends, moved out by one.
     begin = torch.searchsorted(last, first + row - 1)
     count = (torch.searchsorted(first, last + row + 1, right=True) - begin).clamp(min=0)
     run = torch.arange(len(first), device=masks.device)
@@ -363,24 +361,21 @@ def region_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PixelHistogram:
-    """Every pixel metric in one pass and constant memory: counts per bin of the map value of normal pixels, of
-    anomalous ones, and of these again, each weighted by 1 / area of its region. Histograms add up (`merge`)
-    across images, processes and machines, in any order, to the same digits.
+    """Every pixel metric in one pass and constant memory: counts per bin of the map value, of normal pixels,
+    of anomalous ones, and of these again, each weighted by 1 / area of its region. Histograms add up across
+    images, processes and machines, in any order, to the same digits.
 
-    low, high: the range of the values, [-2L, 2L] for VisualAD. Pixels in one bin count as tied, so metrics are
-    exact for values rounded to the middles of the bins; measured on raw values whose standard deviation is
-    2,500 bin widths or more, they are within 1e-4. Raises ValueError for an empty range.
+    low, high: the range of the values, [-2L, 2L] for VisualAD. Pixels of one bin count as tied: metrics are
+    exact for values rounded to the middles of the bins, and within 1e-4 for others as long as their standard
+    deviation is at least 2,500 bin widths. Raises ValueError for an empty range.
     """
 
-    def __init__(
-        self, low: float, high: float, bins: int = 2**20, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, low: float, high: float, bins: int = 2**20, device: str | torch.device = "cpu"):
         if not (math.isfinite(low) and math.isfinite(high) and low < high and bins >= 1):
             raise ValueError(f"wanted finite low < high and at least one bin, got {low}, {high}, {bins}")
         self.low, self.high, self.bins = float(low), float(high), int(bins)
-        self.counts = torch.zeros(
-            3, self.bins, dtype=torch.int64, device=device
-        )  # normal, anomalous, weighted
+        # Rows: normal pixels, anomalous ones, weights of these.
+        self.counts = torch.zeros(3, self.bins, dtype=torch.int64, device=device)
         self.regions = torch.zeros((), dtype=torch.int64, device=device)
         self.extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=device)  # -min, max
 
@@ -400,13 +395,15 @@ class PixelHistogram:
         low, high = maps.aminmax()
         if not (self.low <= low and high <= self.high):  # also where one is not a number
             raise ValueError(f"map values must lie in [{self.low}, {self.high}], got {low:g} to {high:g}")
-        place = (maps.double() - self.low).mul_(self.bins / (self.high - self.low)).long()
-        place.clamp_(max=self.bins - 1)
-        both = torch.bincount((place + self.bins * masks).flatten(), minlength=2 * self.bins)
-        self.counts[:2] += both.view(2, -1)
-        weights, regions = region_weights(masks)
-        self.counts[2].scatter_add_(0, place[masks], weights)
-        self.regions += regions
+        step = 1 if maps.is_cpu else len(maps)  # a map at a time stays in the processor's cache
+        for values, mask in zip(maps.split(step), masks.split(step), strict=True):
+            place = (values.double() - self.low).mul_(self.bins / (self.high - self.low)).long()
+            place.clamp_(max=self.bins - 1)
+            both = (place + self.bins * mask).flatten()  # self.counts[0] or, where the mask is true, [1]
+            self.counts.view(-1).scatter_add_(0, both, both.new_ones(1).expand(len(both)))
+            weights, regions = region_weights(mask)
+            self.counts[2].scatter_add_(0, place[mask], weights)
+            self.regions += regions
         self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]).double())
 
     def merge(self, other: PixelHistogram) -> None:
@@ -434,50 +431,40 @@ class PixelHistogram:
     def metrics(self, pro: str = "exact") -> dict[str, float | None]:
         """auroc, f1_max, ap and aupro in [0, 1]; None where only one kind of pixel was seen.
 
-        pro: "exact" integrates the mean overlap of regions over the false positive rate of all normal pixels up
-        to 0.3; "published" is the variant of this family of papers, with 200 thresholds between the least and
-        the largest value and the rate min-max renormalised: compare it with their tables only.
+        pro: "exact" is the mean overlap of regions, integrated over the false positive rate of all normal
+        pixels up to 0.3; "published" the variant of this family of papers, 200 thresholds between the least
+        and the largest value and the rate min-max renormalised: for comparison with their tables only.
         """
         if pro not in ("exact", "published"):
             raise ValueError(f"pro must be 'exact' or 'published', got {pro!r}")
-        counts = self.counts.cpu()
-        used = counts[:2].any(dim=0).nonzero()[:, 0].flip(0)  # bins, the highest first
+        counts = self.counts.cpu().numpy()
+        used = counts[:2].any(axis=0).nonzero()[0][::-1]  # bins, the highest first
         normal, anomalous, weights = counts[:, used]
         found: dict[str, float | None] = {**ranking(anomalous, normal), "aupro": None}
         if found["auroc"] is None:
             return found
-        rate, overlap = (F.pad(x.cumsum(0).double() / x.sum(), (1, 0)) for x in (normal, weights))  # per bin
+        rate, overlap = (np.append(0, x.cumsum()) / x.sum() for x in (normal, weights))
         if pro == "exact":
-            width, rise = rate.diff(), overlap.diff()
-            inside = (0.3 - rate[:-1]).clamp(min=0).minimum(width)  # the bin that crosses 0.3 counts in part
-            middle = overlap[:-1] + rise * (inside / width).nan_to_num() / 2
-            found["aupro"] = (inside * middle).sum().item() / 0.3
+            width, rise = np.diff(rate), np.diff(overlap)
+            inside = np.clip(0.3 - rate[:-1], 0, width)  # the bin that crosses 0.3 counts in part
+            part = np.divide(inside, width, out=np.zeros_like(width), where=width > 0)
+            found["aupro"] = float((inside * (overlap[:-1] + rise * part / 2)).sum() / 0.3)
         else:
-            low, high = (self.extremes.cpu() * torch.tensor([-1, 1])).tolist()
-            limits = low + torch.arange(200, dtype=torch.float64) * ((high - low) / 200)
-            limits = (limits - self.low) * (
-                self.bins / (self.high - self.low)
-            ) - 0.5  # in bins, at their middles
-            above = len(used) - torch.searchsorted(used.flip(0).double(), limits, right=True)
+            low, high = (self.extremes.cpu().numpy() * (-1, 1)).tolist()
+            limits = low + np.arange(200) * ((high - low) / 200)
+            limits = (limits - self.low) * (self.bins / (self.high - self.low)) - 0.5  # 0: first bin's middle
+            above = len(used) - np.searchsorted(used[::-1], limits, side="right")
             above[0] = len(used) - 1  # what exceeds the minimum: all bins but the last
+            above = above[rate[above] < 0.3]
             rate, overlap = rate[above], overlap[above]
-            rate, overlap = rate[rate < 0.3], overlap[rate < 0.3]
             if len(rate) > 1 and rate[0] > rate[-1]:
                 rate = (rate - rate[-1]) / (rate[0] - rate[-1])
-                found["aupro"] = -torch.trapezoid(overlap, rate).item()
+                found["aupro"] = float((-np.diff(rate) * (overlap[1:] + overlap[:-1]) / 2).sum())
         return found
 
 
 # --- 4. one pass over the images -------------------------------------------------------------------------
-METRICS = (
-    "image_auroc",
-    "image_f1_max",
-    "image_ap",
-    "pixel_auroc",
-    "pixel_f1_max",
-    "pixel_ap",
-    "pixel_aupro",
-)
+METRICS = tuple("image_auroc image_f1_max image_ap pixel_auroc pixel_f1_max pixel_ap pixel_aupro".split())
 
 
 def gather(value: Any) -> list[Any]:
@@ -492,174 +479,149 @@ def gather(value: Any) -> list[Any]:
 def collect(histogram: PixelHistogram) -> PixelHistogram:
     """The histograms of all ranks, added up on rank 0; an empty one on the others."""
     if dist.is_initialized():
-        for part in (histogram.counts, histogram.regions):
-            dist.reduce(part, 0)
+        dist.reduce(histogram.counts, 0)
+        dist.reduce(histogram.regions, 0)
         dist.reduce(histogram.extremes, 0, dist.ReduceOp.MAX)
         if dist.get_rank():
             return PixelHistogram(histogram.low, histogram.high, histogram.bins, histogram.counts.device)
     return histogram
 
 
-def save_state(path: Path, run: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(run, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
 def load_state(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The interrupted run of a state file, `fresh` if there is none. Raises ValueError for another key."""
+    """The interrupted run in a state file, or `fresh` if there is none. Raises ValueError for another key."""
     if not path.is_file():
         return fresh
     try:
         run = torch.load(path, weights_only=True)
-        key = run["key"]
-        differ = [name for name in {**key, **fresh["key"]} if key.get(name) != fresh["key"].get(name)]
+        old, new = run["key"], fresh["key"]
     except Exception as error:
         raise ValueError(f"cannot read {path} as the state of a run: {error}") from error
-    if differ:
-        told = ", ".join(f"{name} {key.get(name)!r}, now {fresh['key'].get(name)!r}" for name in differ)
+    if differ := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+        told = ", ".join(f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
         raise ValueError(f"{path} belongs to another run: {told}")
     return run
 
 
 def evaluate(
-    model: VisualAD, records: Sequence[Record], *, size: int | Sequence[int] | None = None, sigma: float = 4.0,
-    batch_size: int = 8, workers: int = 0, native: bool = False, pro: str = "exact", bins: int = 2**20,
-    each: Callable[[Record, Tensor, Tensor, Tensor | None, float], None] | None = None,
+    model: VisualAD, records: Sequence[Record], *, size: int | Sequence[int] | None = None,
+    sigma: float = 4.0, batch_size: int = 8, workers: int = 0, native: bool = False, pro: str = "exact",
+    bins: int = 2**20, each: Callable[[Record, Tensor, Tensor, Tensor | None], None] | None = None,
     state: Path | None = None, key: Mapping[str, Any] | None = None, resume: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Scores records -> {"classes": {class: {metric: value or None}}, "mean": {metric: value or None}, "scores":
-    [one a record]}; under torchrun on rank 0, None on the others.
+    """Scores records -> {"classes": {class: {metric: value or None}}, "mean": {metric: value or None},
+    "scores": [one a record]}; under torchrun on rank 0, None on the others.
 
     size, sigma: as for `VisualAD.predict`. workers: processes that decode. native: compare pixels at each
-    image's own size. pro, bins: of `PixelHistogram`. each: called with record, image [3, H, W], map [H, W],
-    mask [H, W] or None, and score. state: where the run is saved as it goes, and whence `resume` takes it up if
-    it is there. Raises ValueError where `infer` does, and for a state with another key; on all ranks if on one.
+    image's own size. pro, bins: of `PixelHistogram`. each: called with record, image [3, H, W] at the input
+    size, map [H, W], and mask [H, W] or None. state: where the run is kept as it goes, and whence `resume`
+    takes it up if it is there. Raises ValueError as `infer` does and for a state with another key.
     """
     size, device = model.input_size(size), model.tokens.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    members: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        members.setdefault(record.cls, []).append(i)
-    batches, spans = [], {}  # no batch has two classes: each class can be closed, its histogram dropped
-    for cls, indices in members.items():
-        begin = len(batches)
-        batches += [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        spans[cls] = begin, len(batches)
-    reach, place = 2.0 * len(model.layers), "cpu" if device.type == "mps" else device  # mps has no fp64
+    batches, spans = [], {}  # a batch has one class, so that each can be closed and its histogram dropped
+
+    def class_of(i: int) -> str:
+        return records[i].cls
+
+    for cls, group in groupby(sorted(range(len(records)), key=class_of), class_of):
+        members, begin = list(group), len(batches)
+        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+        spans[cls] = begin, len(batches), members
     run: dict[str, Any] = dict(key=dict(key or {}), done=0, scores=[None] * len(records), classes={}, open={})
     if resume and state and rank == 0:
         run = load_state(state, run)
     done, scores, classes = gather(run["done"])[0], run["scores"], run["classes"]
-    histograms = {cls: PixelHistogram.from_state(part, place) for cls, part in run["open"].items()}
+    reach, place = 2.0 * len(model.layers), "cpu" if device.type == "mps" else device  # mps has no fp64
+    histograms = defaultdict(lambda: PixelHistogram(-reach, reach, bins, place))
+    histograms |= {cls: PixelHistogram.from_state(part, place) for cls, part in run["open"].items()}
 
-    def score(batch: tuple) -> list[tuple[int, float]]:
-        index, images, masks, own = batch
+    def score(index: tuple, images: Tensor, masks: tuple, own: tuple) -> list[tuple[int, float]]:
         maps, found = model.infer(images.to(device, non_blocking=True), sigma)
         if not found.isfinite().all():
             raise ValueError("scores are not finite: damaged weights, or a dtype too narrow for them")
-        maps = (
-            [upsample(m[None, None], to)[0, 0] for m, to in zip(maps, own, strict=True)] if native else maps
-        )
+        own = own if native else ()
+        parts = [upsample(m[None, None], to)[0] for m, to in zip(maps, own, strict=False)] or [maps]
         if masks[0] is not None:
-            histogram = histogram_of(records[index[0]].cls)
-            for part, mask in zip(maps, masks, strict=True) if native else [(maps, torch.stack(masks))]:
-                histogram.update(part.view(-1, *part.shape[-2:]), mask.view(-1, *mask.shape[-2:]))
-        found = found.tolist()
-        for i, image, heat, mask, value in (
-            zip(index, images, maps, masks, found, strict=True) if each else ()
-        ):
-            each(records[i], image, heat.cpu(), mask, value)
-        return list(zip(index, found, strict=True))
-
-    def histogram_of(cls: str) -> PixelHistogram:
-        return histograms.setdefault(cls, PixelHistogram(-reach, reach, bins, place))
+            truths = [mask[None] for mask in masks] if native else [torch.stack(masks)]
+            for part, truth in zip(parts, truths, strict=True):
+                histograms[records[index[0]].cls].update(part, truth)
+        if each:
+            heats = [heat.cpu() for part in parts for heat in part]
+            for i, image, heat, mask in zip(index, images, heats, masks, strict=True):
+                each(records[i], image, heat, mask)
+        return list(zip(index, found.tolist(), strict=True))
 
     mine = batches[done + rank :: world]
-    loader = iter(
-        DataLoader(
-            Samples(records, size, native), batch_sampler=mine, collate_fn=collate,
-            num_workers=min(workers, len(mine)), pin_memory=device.type == "cuda",
-        )
-    )  # fmt: skip
+    options = dict(num_workers=min(workers, len(mine)), pin_memory=device.type == "cuda", collate_fn=collate)
+    loader = iter(DataLoader(Samples(records, size, native), batch_sampler=mine, **options))
+    bar = tqdm(total=len(records), unit=" images", disable=rank > 0 or None)
+    bar.update(sum(map(len, batches[:done])))
     saved, cost = time.monotonic(), 0.01
-    with tqdm(total=len(records), unit=" images", disable=rank > 0 or None) as bar:
-        bar.update(sum(map(len, batches[:done])))
-        while done < len(batches):
-            news, failure = [], None
-            try:
-                if done + rank < len(batches):
-                    news = score(next(loader))
-            except Exception as error:
-                failure = error
-            due = state is not None and time.monotonic() - saved > 20 * cost  # one twentieth of the time
-            told = gather((news, failure is not None, due))
-            if failure:
-                raise failure
-            if any(failed for _, failed, _ in told):
-                sys.exit(2)  # the rank that failed says why
-            done = min(done + world, len(batches))
-            for i, value in (pair for pairs, *_ in told for pair in pairs):
-                scores[i] = value
-                bar.update()
-            for cls, (begin, end) in spans.items():
-                if cls in classes or begin >= done or not (end <= done or told[0][2]):
-                    continue
-                if records[members[cls][0]].known:
-                    histograms[cls] = collect(histogram_of(cls))
+    while done < len(batches):
+        news, failure = [], None
+        try:
+            if done + rank < len(batches):
+                news = score(*next(loader))
+        except Exception as error:
+            failure = error
+        due = state is not None and time.monotonic() - saved > 20 * cost  # a twentieth of the time goes there
+        told = gather((news, failure is not None, due))
+        if failure:
+            raise failure
+        if any(failed for _, failed, _ in told):
+            sys.exit(2)  # the rank that failed says why
+        due, before, done = told[0][2], done, min(done + world, len(batches))
+        for i, value in (pair for pairs, *_ in told for pair in pairs):
+            scores[i] = value
+            bar.update()
+        for cls, (begin, end, members) in spans.items():
+            if begin < done and before < end and (due or end <= done):
+                known = records[members[0]].known
+                if known:
+                    histograms[cls] = collect(histograms[cls])
                 if end <= done:
-                    pixels = histograms.pop(cls).metrics(pro) if cls in histograms else {}
-                    classes[cls] = (
-                        summary([records[i] for i in members[cls]], [scores[i] for i in members[cls]], pixels)
-                        if rank == 0
-                        else {}
-                    )
-            if told[0][2] and rank == 0:
-                begun = time.monotonic()
-                parts = {cls: histogram.state() for cls, histogram in histograms.items()}
-                save_state(state, dict(key=run["key"], done=done, scores=scores, classes=classes, open=parts))
-                saved = time.monotonic()
-                cost = saved - begun
+                    pixels = histograms.pop(cls).metrics(pro) if known else {}
+                    labels, values = [records[i].label for i in members], [scores[i] for i in members]
+                    images = {} if rank or None in labels else image_metrics(labels, values)
+                    classes[cls] = dict.fromkeys(METRICS) | {f"image_{name}": x for name, x in images.items()}
+                    classes[cls] |= {f"pixel_{name}": x for name, x in pixels.items()}
+        if due and rank == 0:
+            begun, buffer = time.monotonic(), io.BytesIO()
+            parts = {cls: histogram.state() for cls, histogram in histograms.items()}
+            torch.save(dict(key=run["key"], done=done, scores=scores, classes=classes, open=parts), buffer)
+            write(state, buffer.getvalue())
+            saved = time.monotonic()
+            cost = saved - begun
+    bar.close()
     if rank:
         return None
-    values = {
-        name: [found[name] for found in classes.values() if found[name] is not None] for name in METRICS
-    }
-    mean = {name: sum(found) / len(found) if found else None for name, found in values.items()}
+    have = {name: [row[name] for row in classes.values() if row[name] is not None] for name in METRICS}
+    mean = {name: sum(values) / len(values) if values else None for name, values in have.items()}
     return dict(classes=classes, mean=mean, scores=scores)
 
 
-def summary(
-    records: Sequence[Record], scores: Sequence[float], pixels: Mapping[str, float | None]
-) -> dict[str, float | None]:
-    """One class's row of the table."""
-    labels = [record.label for record in records]
-    images = {} if None in labels else image_metrics(labels, scores)
-    found = {f"image_{name}": value for name, value in images.items()} | {
-        f"pixel_{name}": value for name, value in pixels.items()
-    }
-    return {name: found.get(name) for name in METRICS}
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
 
 
 # --- 5. command line -------------------------------------------------------------------------------------
 def table(result: Mapping[str, Any], counts: Mapping[str, int], pro: str) -> str:
     """In percent; "-" where a class cannot have the number."""
-    last = "AUPRO" if pro == "exact" else "PRO*"
-    rows = [
-        ["", "", "image", "", "", "pixel", "", "", ""],
-        ["class", "images", "AUROC", "F1-max", "AP", "AUROC", "F1-max", "AP", last],
-    ]
-    for name, found in [*result["classes"].items(), ("mean", result["mean"])]:
-        numbers = ["-" if found[metric] is None else f"{100 * found[metric]:.1f}" for metric in METRICS]
-        rows.append([name, str(counts.get(name, sum(counts.values()))), *numbers])
+    head = ["class", "images", "AUROC", "F1-max", "AP", "AUROC", "F1-max", "AP", "AUPRO"]
+    head[-1] = "PRO*" if pro == "published" else head[-1]
+    rows = [["", "", "image", "", "", "pixel", "", "", ""], head]
+    for name, row in [*result["classes"].items(), ("mean", result["mean"])]:
+        cells = ["-" if row[metric] is None else f"{100 * row[metric]:.1f}" for metric in METRICS]
+        rows.append([name, str(counts[name] if name in counts else sum(counts.values())), *cells])
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows]
-    return "\n".join(lines + ["* the published variant of PRO, not comparable with AUPRO"] * (pro != "exact"))
+    return "\n".join(lines + ["* the published variant, not comparable with AUPRO"] * (pro == "published"))
 
 
 def name_of(path: Path, root: Path) -> str:
     """An image's path from the dataset's root; its whole path if it lies elsewhere."""
-    path, root = Path(os.path.normpath(path.absolute())), Path(os.path.normpath(root.absolute()))
+    path, root = (Path(os.path.normpath(p.absolute())) for p in (path, root))
     return (path.relative_to(root) if root in path.parents else path).as_posix()
 
 
@@ -667,73 +629,91 @@ def strip(image: Tensor, heat: Tensor, mask: Tensor | None, high: float) -> byte
     """A PNG of image, mask (grey where unknown) and heatmap, side by side."""
     from PIL import Image
 
-    image = image if image.dtype == torch.uint8 else (image * 255).round().byte()
-    truth = (
-        torch.full(image.shape, 128, dtype=torch.uint8)
-        if mask is None
-        else mask.byte().mul(255).expand(3, -1, -1)
-    )
-    panels = [Image.fromarray(x.movedim(0, -1).contiguous().numpy()) for x in (image, truth)]
-    panels.append(overlay(image, heat, high=high))
-    whole, png = Image.new("RGB", (3 * image.shape[2] + 16, image.shape[1]), "white"), io.BytesIO()
-    for i, panel in enumerate(panels):
-        whole.paste(panel, (i * (image.shape[2] + 8), 0))
+    h, w = heat.shape
+    truth = Image.new("L", (w, h), 128) if mask is None else Image.fromarray(mask.byte().mul(255).numpy())
+    whole, png = Image.new("RGB", (3 * w + 16, h), "white"), io.BytesIO()
+    for i, panel in enumerate([overlay(image, 0 * heat, high=high), truth, overlay(image, heat, high=high)]):
+        whole.paste(panel, (i * (w + 8), 0))
     whole.save(png, "PNG", compress_level=1)
     return png.getvalue()
 
 
-def page(title: str, text: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """index.html of the heatmaps, the highest score of each class first."""
-    kinds = {0: "normal", 1: "anomalous", None: "unlabelled"}
-    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"]
-    parts.append(
-        "<style>body{font:15px sans-serif;margin:2em}img{max-width:100%;height:auto}figure{margin:1em 0}</style>"
-    )
-    parts.append(f"<h1>{html.escape(title)}</h1><pre>{html.escape(text)}</pre>")
-    parts.append("<p>Image, mask, heatmap: plain at 0, yellow, then red, on one scale for all.</p>")
-    cls = None
-    for record in sorted(records, key=lambda record: (record["class"], -record["score"])):
-        if record["class"] != cls:
-            cls = record["class"]
-            parts.append(f"<h2>{html.escape(cls)}</h2>")
-        name = record["path"].lstrip("/")
-        about = f"{record['score']:.4f} {kinds[record['label']]} {html.escape(name)}"
-        parts.append(
-            f"<figure><img loading=lazy src='{quote(name)}.png'><figcaption>{about}</figcaption></figure>"
-        )
-    return "\n".join(parts)
+PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100%; height: auto }}</style>
+<h1>{title}</h1><pre>{text}</pre>
+<p>Image, mask (grey: unknown), heatmap: plain at 0, yellow, full red at {high:g}, the same scale for all;
+the highest score of each class first.</p>
+{figures}
+"""
+
+
+def page(title: str, text: str, rows: Sequence[Mapping[str, Any]], high: float) -> str:
+    """index.html, to lie among the strips."""
+    figures, kinds = [], {0: "normal", 1: "anomalous", None: "unlabelled"}
+    rows = sorted(rows, key=lambda row: (row["class"], -row["score"]))
+    for cls, group in groupby(rows, itemgetter("class")):
+        figures.append(f"<h2>{html.escape(cls)}</h2>")
+        for row in group:
+            about = f"{row['score']:.4f} {kinds[row['label']]}, {html.escape(row['path'])}"
+            source = quote(f"{row['path'].lstrip('/')}.png")
+            figures.append(
+                f'<figure><img loading="lazy" src="{source}"><figcaption>{about}</figcaption></figure>'
+            )
+    title, text = html.escape(title), html.escape(text)
+    return PAGE.format(title=title, text=text, high=high, figures="\n".join(figures))
+
+
+def select(records: Sequence[Record], classes: str | None, limit: int | None) -> list[Record]:
+    """Some classes, N images of each, evenly spread so that normal and anomalous ones are among them."""
+    names = {record.cls for record in records}
+    chosen = set(classes.split(",")) if classes else names
+    if unknown := chosen - names:
+        raise ValueError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    kept = []
+    for cls in sorted(chosen):
+        rows = [record for record in records if record.cls == cls]
+        n = min(limit or len(rows), len(rows))
+        kept += [rows[(2 * i + 1) * len(rows) // (2 * n)] for i in range(n)]
+    return kept
+
+
+def checked(records: Sequence[Record], faults: dict[str, str], skip: bool) -> list[Record]:
+    """The records with their labels, every file read once, the ranks sharing the work. Raises one ValueError
+    that names all the faults; with `skip` adds them to `faults` and leaves their records out."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine, hide = records[rank::world], rank > 0 or None
+    shares = gather(list(tqdm(ahead(examine, mine, 64), "checking", len(mine), leave=False, disable=hide)))
+    examined = [shares[i % world][i // world] for i in range(len(records))]
+    for record, fault in examined:
+        if fault:
+            faults.setdefault(str(record.path), fault)
+    if faults and not skip:
+        named = "".join(f"\n  {fault}" for fault in faults.values())
+        raise ValueError(f"{len(faults)} files cannot be used (--skip-bad goes on without them):{named}")
+    return [record for record, _ in examined if str(record.path) not in faults]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for an error; 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="ROOT", help="a dataset in any of its known layouts")
-    add(
-        "--dataset",
-        default="auto",
-        choices=("auto", *DATASETS),
-        help="the layout (%(default)s: by its files)",
-    )
+    add("--data", type=Path, required=True, metavar="ROOT", help="a dataset in a layout that is known")
+    add("--dataset", default="auto", choices=("auto", *DATASETS), help="the layout (auto: by what is there)")
     add("--split", default="test", choices=("test", "train"), help="(%(default)s)")
     add("--classes", metavar="A,B", help="only these")
     add("--limit", type=int, metavar="N", help="only N images of each class, evenly spread")
     add("--skip-bad", action="store_true", help="go on without missing, unreadable or mismatched files")
     model_flags(parser)
     add("--native", action="store_true", help="compare pixels at each image's own size, not the network's")
-    add("--pro", default="exact", choices=("exact", "published"),
-        help="exact: area under the per-region overlap up to a false positive rate of 0.3; published: the variant "
-        "in the tables of this family of papers (200 thresholds, rate renormalised). The two differ: on one set "
-        "0.765 and 0.770")  # fmt: skip
+    pro = "exact: mean overlap of regions up to a false positive rate of 0.3; published: the variant of this "
+    pro += "family of papers, 200 thresholds, rate renormalised. They differ: 0.765 and 0.770 on one set"
+    add("--pro", default="exact", choices=("exact", "published"), help=pro)
     add("--workers", type=int, metavar="N", help="processes that decode; default: one a core, at most 8")
     add("--json", type=Path, metavar="FILE", help="write settings, metrics and every image's score here")
-    add("--save-maps", type=Path, metavar="FOLDER", help="write each map as float32 .npy here")
-    add(
-        "--heatmaps",
-        type=Path,
-        metavar="FOLDER",
-        help="write image, mask and heatmap of each, and index.html",
-    )
+    add("--save-maps", type=Path, metavar="FOLDER", help="write each map as float32 .npy")
+    add("--heatmaps", type=Path, metavar="FOLDER", help="write image, mask, heatmap of each; index.html")
     add("--state", type=Path, metavar="FILE", help="what --resume needs; default: the --json name + .state")
     add("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args(arguments)
@@ -743,146 +723,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"evaluate: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on" if args.json or args.state else ""
-        print(f"evaluate: interrupted{hint}", file=sys.stderr)
+        print("evaluate: interrupted; with --json or --state, --resume goes on", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def select(records: list[Record], classes: str | None, limit: int | None) -> list[Record]:
-    """The records of some classes, N of each, evenly spread so that normal and anomalous ones are among them."""
-    names = sorted({record.cls for record in records})
-    chosen = classes.split(",") if classes else names
-    if unknown := set(chosen) - set(names):
-        raise ValueError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {limit}")
-    kept = []
-    for name in names:
-        if name in chosen:
-            rows = [record for record in records if record.cls == name]
-            n = min(limit or len(rows), len(rows))
-            kept += [rows[(2 * i + 1) * len(rows) // (2 * n)] for i in range(n)]
-    return kept
-
-
 def run(args: argparse.Namespace) -> int:
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
-    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
-    say = print if rank == 0 else lambda *_, **__: None
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    state = args.state or (args.json and args.json.with_name(args.json.name + ".state"))
+    if args.batch_size < 1 or (args.workers or 0) < 0:
+        raise ValueError(f"wanted --batch-size >= 1, --workers >= 0, got {args.batch_size}, {args.workers}")
+    state = args.state or (args.json and args.json.with_name(f"{args.json.name}.state"))
     if args.resume and not state:
-        raise ValueError("--resume needs --state or --json")
-    for folder in (args.save_maps, args.heatmaps):
-        if folder and real(args.data) in (real(folder), *real(folder).parents):
-            raise ValueError(f"{folder} lies in the dataset, which would then read it: choose another folder")
+        raise ValueError("--resume needs --json or --state")
+    for folder in filter(None, (args.save_maps, args.heatmaps)):
+        if real(args.data) in (real(folder), *real(folder).parents):
+            raise ValueError(f"{folder} lies in the dataset, whose images would grow: choose another folder")
 
-    layout, everything, faults = read_dataset(args.data, args.dataset, args.split)
-    records = select(everything, args.classes, args.limit)
+    layout, records, faults = read_dataset(args.data, args.dataset, args.split)
+    if args.classes or args.limit:
+        records = select(records, args.classes, args.limit)
+        faults = {path: faults[path] for path in map(str, (r.path for r in records)) if path in faults}
     model, size = load_model(args)
-    paths = {str(record.path) for record in records}
-    if len(records) < len(everything):
-        faults = {path: fault for path, fault in faults.items() if path in paths}
-    bar = tqdm(
-        ahead(examine, records[rank::world], 64),
-        "checking",
-        len(records[rank::world]),
-        disable=rank > 0 or None,
-        leave=False,
-    )
-    shares = gather(list(bar))
-    examined = [shares[i % world][i // world] for i in range(len(records))]
-    faults |= {
-        str(record.path): fault for record, fault in examined if fault and str(record.path) not in faults
-    }
-    if faults and not args.skip_bad:
-        listing = "".join(f"\n  {fault}" for fault in faults.values())
-        raise ValueError(f"{len(faults)} files cannot be used (--skip-bad goes on without them):{listing}")
-    records = [record for record, _ in examined if str(record.path) not in faults]
+    records = checked(records, faults, args.skip_bad)
     if not records:
         raise ValueError("no image is left")
-    labels = [record.label for record in records]
-    kinds = {"normal": 0, "anomalous": 1, "unlabelled": None}
-    counted = ", ".join(f"{labels.count(kind)} {name}" for name, kind in kinds.items() if kind in labels)
-    members = {cls: sum(record.cls == cls for record in records) for cls in sorted({r.cls for r in records})}
-    say(f"{args.data}: {layout.names[0]} layout ({layout.about}), {args.split} split")
-    say(f"{len(records)} images, {len(members)} classes: {counted}; {len(faults)} files left out")
-
     names = {record.path: name_of(record.path, args.data) for record in records}
-    digest, listing = (
-        hashlib.sha256(),
-        hashlib.sha256(repr([(names[r.path], *r[1:4], r.known) for r in records]).encode()),
-    )
+    labels, counts = [record.label for record in records], Counter(record.cls for record in records)
+    kinds = {"normal": 0, "anomalous": 1, "unlabelled": None}
+    told = ", ".join(f"{labels.count(label)} {kind}" for kind, label in kinds.items() if label in labels)
+    if first := not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{args.data}: {layout.names[0]} layout, {layout.about}; {args.split} split")
+        print(f"{len(counts)} classes, {len(records)} images: {told}; {len(faults)} files left out")
+
+    reach, high = 2.0 * len(model.layers), model.display_high or len(model.layers)
+    histogram = PixelHistogram(-reach, reach)
+    digest = hashlib.sha256()
     for tensor in model.learned().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    reach = 2.0 * len(model.layers)
-    histogram = PixelHistogram(-reach, reach)
-    settings = dict(
-        dataset=layout.names[0], split=args.split, classes=args.classes, limit=args.limit, skip_bad=args.skip_bad,
-        size=list(size), sigma=args.sigma, batch_size=args.batch_size, device=model.tokens.device.type,
-        dtype=args.dtype, final_norm=args.final_norm, weights_sha256=digest.hexdigest(),
-        backbone_weights=args.backbone_weights and str(args.backbone_weights), native=args.native, pro=args.pro,
-        map_range=[-reach, reach], bins=histogram.bins, bin_width=2 * reach / histogram.bins,
-    )  # fmt: skip
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    chosen = "split classes limit skip_bad sigma batch_size dtype final_norm native pro".split()
+    settings = dict(dataset=layout.names[0], size=list(size), device=model.tokens.device.type)
+    settings |= {name: getattr(args, name) for name in chosen} | dict(weights_sha256=digest.hexdigest())
+    settings |= dict(backbone_weights=args.backbone_weights and str(args.backbone_weights))
+    settings |= dict(map_range=[-reach, reach], bins=histogram.bins, bin_width=2 * reach / histogram.bins)
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__))
     versions |= {name: version(name) for name in ("numpy", "pillow")}
-    key = dict(model=args.model, data=str(args.data), **settings, **versions, images=listing.hexdigest())
+    report = dict(model=args.model, data=str(args.data), settings=settings, versions=versions)
+    listing = repr([(names[r.path], r.cls, r.label, str(r.mask), r.known) for r in records])
 
-    def keep(record: Record, image: Tensor, heat: Tensor, mask: Tensor | None, score: float) -> None:
+    def keep(record: Record, image: Tensor, heat: Tensor, mask: Tensor | None) -> None:
         name = names[record.path].lstrip("/")
         if args.save_maps:
-            buffer = io.BytesIO()
-            np.save(buffer, heat.float().numpy())
-            write(args.save_maps / f"{name}.npy", buffer.getvalue())
+            array = io.BytesIO()
+            np.save(array, heat.numpy())
+            write(args.save_maps / f"{name}.npy", array.getvalue())
         if args.heatmaps:
             image = to_tensor(record.path) if args.native else image
-            write(
-                args.heatmaps / f"{name}.png",
-                strip(image, heat, mask, model.display_high or len(model.layers)),
-            )
+            write(args.heatmaps / f"{name}.png", strip(image, heat, mask, high))
 
     workers = min(8, max(1, (os.cpu_count() or 1) // world)) if args.workers is None else args.workers
     result = evaluate(
         model, records, size=size, sigma=args.sigma, batch_size=args.batch_size, workers=workers,
-        native=args.native, pro=args.pro, each=keep if args.save_maps or args.heatmaps else None,
-        state=state, key=key, resume=args.resume,
+        native=args.native, pro=args.pro, each=keep if args.save_maps or args.heatmaps else None, state=state,
+        key=dict(**report, images=hashlib.sha256(listing.encode()).hexdigest()), resume=args.resume,
     )  # fmt: skip
-    if result is None:
+    if not first:
         return 0
-    rows = [
-        dict(path=names[record.path], label=record.label, score=score, **{"class": record.cls})
-        for record, score in zip(records, result["scores"], strict=True)
-    ]
-    rows.sort(key=lambda row: row["path"])
-    for row in rows if not any(label is not None for label in labels) else ():
+    scored = zip(records, result["scores"], strict=True)
+    rows = [{"path": names[r.path], "class": r.cls, "label": r.label, "score": score} for r, score in scored]
+    rows.sort(key=itemgetter("path"))
+    for row in rows if set(labels) == {None} else ():
         print(f"{row['score']:8.4f}  {row['path']}")
-    text = table(result, members, args.pro)
+    text = table(result, counts, args.pro)
     print(text)
     if args.heatmaps:
-        write(args.heatmaps / "index.html", page(f"{args.model} on {args.data}", text, rows).encode())
+        write(args.heatmaps / "index.html", page(f"{args.model} on {args.data}", text, rows, high).encode())
         print(f"heatmaps: {args.heatmaps / 'index.html'}")
     if args.json:
-        report = dict(model=args.model, data=str(args.data), settings=settings, versions=versions)
-        report |= dict(
-            left_out=list(faults.values()), classes=result["classes"], mean=result["mean"], records=rows
-        )
-        write(args.json, json.dumps(report, indent=2, allow_nan=False).encode())
+        report |= dict(left_out=list(faults.values()), classes=result["classes"], mean=result["mean"])
+        write(args.json, json.dumps(report | dict(records=rows), indent=2, allow_nan=False).encode())
     if state:
         state.unlink(missing_ok=True)
     return 0
-
-
-def write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,308 @@
+"""One pass over a dataset, alone, on many ranks, interrupted: pytest tests/test_evaluate.py"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html import unescape
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from sklearn import metrics
+
+import evaluate
+from visualad import VisualAD
+
+SETTINGS = ["--size", "64", "--batch-size", "4", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """MVTec's layout: two classes, 11 and 9 images, so that neither 2, 3 nor the batch divides them."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for cls, counts in (("nut", dict(good=5, cut=3, hole=3)), ("tile", dict(good=4, crack=5))):
+        for kind, count in counts.items():
+            for i in range(count):
+                h, w = (int(side) for side in rng.integers(40, 90, 2))
+                pixels = rng.integers(90, 130, (h, w, 3), dtype=np.uint8)
+                mask = np.zeros((h, w), np.uint8)
+                if kind != "good":
+                    mask[h // 4 : h // 4 + 10 + i, w // 3 : w // 3 + 12] = 255
+                    mask[-6:, -6:] = 255
+                    pixels[mask > 0] = 240
+                    (root / cls / "ground_truth" / kind).mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(mask).save(root / cls / "ground_truth" / kind / f"{i:03}_mask.png")
+                (root / cls / "test" / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / cls / "test" / kind / f"{i:03}.png")
+    return root
+
+
+def run(data, *more) -> int:
+    return evaluate.main(["--data", str(data), *SETTINGS, *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> bytes:
+    """The report of a run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("whole") / "whole.json"
+    assert run(data, "--json", path) == 0
+    return path.read_bytes()
+
+
+# --- the numbers
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_report_holds_what_scikit_learn_finds_in_the_same_maps(data, tmp_path, native):
+    more = ["--native"] if native else []
+    assert run(data, "--json", tmp_path / "r.json", "--save-maps", tmp_path / "maps", *more) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    _, records, faults = evaluate.read_dataset(data)
+    assert not faults and len(report["records"]) == len(records) == 20
+    paths = [record["path"] for record in report["records"]]
+    assert paths == sorted(paths)
+    scored = {record["path"]: record for record in report["records"]}
+    for cls in ("nut", "tile"):
+        labels, scores, maps, masks = [], [], [], []
+        for record in records:
+            if record.cls == cls:
+                name = record.path.relative_to(data).as_posix()
+                assert scored[name]["class"] == cls and scored[name]["label"] == (record.kind != "good")
+                labels.append(scored[name]["label"])
+                scores.append(scored[name]["score"])
+                heat = np.load(tmp_path / "maps" / f"{name}.npy")
+                _, mask = evaluate.read(record)
+                mask = mask if native else evaluate.shrink(mask, (64, 64))
+                assert heat.dtype == np.float32 and heat.shape == mask.shape
+                maps.append(heat.ravel())
+                masks.append(mask.numpy().ravel())
+        masks, maps = np.concatenate(masks), np.concatenate(maps)
+        found = report["classes"][cls]
+        assert found["image_auroc"] == pytest.approx(metrics.roc_auc_score(labels, scores), abs=1e-12)
+        assert found["image_ap"] == pytest.approx(metrics.average_precision_score(labels, scores), abs=1e-12)
+        assert found["pixel_auroc"] == pytest.approx(metrics.roc_auc_score(masks, maps), abs=1e-5)
+        assert found["pixel_ap"] == pytest.approx(metrics.average_precision_score(masks, maps), abs=1e-4)
+        precision, recall, _ = metrics.precision_recall_curve(masks, maps)
+        best = (2 * precision * recall / np.maximum(precision + recall, 1e-12)).max()
+        assert found["pixel_f1_max"] == pytest.approx(best, abs=1e-4)
+    for name, value in report["mean"].items():
+        assert value == sum(row[name] for row in report["classes"].values()) / 2
+
+
+def test_scores_and_native_maps_are_those_of_predict(data, tmp_path):
+    assert run(data, "--json", tmp_path / "r.json", "--save-maps", tmp_path / "maps", "--native") == 0
+    model = VisualAD.from_pretrained("tiny")
+    for record in json.loads((tmp_path / "r.json").read_text())["records"]:
+        expected = model.predict(data / record["path"], size=64)
+        assert record["score"] == pytest.approx(expected.score, abs=1e-6)
+        heat = np.load(tmp_path / "maps" / f"{record['path']}.npy")
+        np.testing.assert_allclose(heat, expected.map, atol=1e-5)
+
+
+def test_the_report_says_how_it_was_made_and_the_table_rounds_it(data, tmp_path, capsys):
+    assert run(data, "--json", tmp_path / "r.json", "--pro", "published") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["model"] == "tiny" and report["data"] == str(data)
+    settings = dict(dataset="mvtec", split="test", size=[64, 64], sigma=4.0, batch_size=4, dtype="float32")
+    settings |= dict(native=False, pro="published", map_range=[-4.0, 4.0], bins=2**20, bin_width=2.0**-17)
+    assert report["settings"].items() >= settings.items()
+    assert report["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line and line[0] != " "}
+    for cls, row in [*report["classes"].items(), ("mean", report["mean"])]:
+        assert rows[cls][1:] == [f"{100 * row[name]:.1f}" for name in evaluate.METRICS]
+    assert rows["nut"][0] == "11" and rows["mean"][0] == "20"
+    assert "PRO*" in printed and "mvtec layout" in printed
+
+
+def test_what_a_set_cannot_have_is_a_dash_and_null(data, tmp_path, capsys):
+    arguments = ["--data", str(data / "nut" / "test" / "cut"), *SETTINGS, "--json", str(tmp_path / "r.json")]
+    assert evaluate.main(arguments) == 0
+    text = (tmp_path / "r.json").read_text()
+    assert "NaN" not in text
+    report = json.loads(text)
+    assert set(report["mean"].values()) == {None} and report["records"][0]["label"] is None
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].split() == ["mean", "3", *"-------"]
+    for record in report["records"]:
+        assert f"{record['score']:8.4f}  {record['path']}" in printed
+
+
+def test_workers_change_nothing(data, whole, tmp_path):
+    assert run(data, "--json", tmp_path / "r.json", "--workers", 2) == 0
+    assert (tmp_path / "r.json").read_bytes() == whole
+
+
+def test_damaged_weights_are_an_error_and_not_a_number(data, tmp_path, capsys):
+    model = VisualAD.from_pretrained("tiny")
+    model.tokens.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "bad")
+    assert run(data, "--model", tmp_path / "bad", "--json", tmp_path / "r.json") == 2
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+
+
+# --- pictures
+
+
+def test_the_page_shows_every_image_from_disk_alone(tmp_path):
+    folder = tmp_path / "data" / 'odd "names" #1 %20 é'
+    for place in (folder, tmp_path / "data" / "good"):
+        place.mkdir(parents=True)
+        for name in ("a.png", "it's <b>&.png"):
+            Image.new("RGB", (40, 30), (200, 10, 10)).save(place / name)
+    assert run(tmp_path / "data", "--heatmaps", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "index.html").read_text()
+    assert not re.search(r"https?:|<script|<b>", text)
+    sources = re.findall(r'src="([^"]*)"', text)
+    assert len(sources) == 4
+    for source in sources:
+        with Image.open(tmp_path / "out" / unquote(unescape(source))) as strip:
+            assert strip.size == (3 * 64 + 16, 64)
+            assert strip.getpixel((20, 20)) == (200, 10, 10)  # the image
+            assert strip.getpixel((64 + 8 + 20, 20)) == (128, 128, 128)  # no mask
+
+
+def test_the_strip_holds_the_mask_and_the_heatmap_on_its_scale():
+    image, heat = torch.full((3, 6, 5), 0.2), torch.zeros(6, 5)
+    heat[2, 3] = 2.0
+    data = evaluate.strip(image, heat, heat > 0, high=2.0)
+    strip = np.array(Image.open(io.BytesIO(data)))
+    assert strip.shape == (6, 3 * 5 + 16, 3)
+    assert (strip[:, :5] == 51).all()
+    assert strip[2, 13 + 3].tolist() == [255, 255, 255] and strip[:, 13:18].sum() == 3 * 255
+    assert strip[2, 26 + 3].tolist() == [255, 0, 0] and (strip[0, 26:] == 51).all()
+
+
+@pytest.mark.parametrize("flag", ["--heatmaps", "--save-maps"])
+def test_output_never_goes_into_the_dataset(data, flag, capsys):
+    assert run(data, flag, data / "nut" / "out") == 2
+    assert "choose another folder" in capsys.readouterr().err and not (data / "nut" / "out").exists()
+
+
+# --- many ranks
+
+
+def ranks(n: int, *command: object) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launch, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_number_of_ranks_gives_the_same_digits(data, whole, tmp_path, n):
+    arguments = ["--data", data, *SETTINGS, "--json", tmp_path / "r.json", "--heatmaps", tmp_path / "out"]
+    done = ranks(n, ROOT / "evaluate.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.json").read_bytes() == whole
+    assert done.stdout.count("AUPRO") == 1
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 20
+
+
+FAILS = """
+import sys
+import evaluate
+
+def broken(self, i, get=evaluate.Samples.__getitem__):
+    if "hole/001" in str(self.records[i].path):
+        raise ValueError("the disk is gone")
+    return get(self, i)
+
+evaluate.Samples.__getitem__ = broken
+sys.exit(evaluate.main(sys.argv[1:]))
+"""
+
+
+def test_the_failure_of_one_rank_ends_all_with_its_error(data, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    done = ranks(2, tmp_path / "fails.py", "--data", data, *SETTINGS, "--json", tmp_path / "r.json")
+    assert done.returncode != 0 and not (tmp_path / "r.json").exists()
+    assert done.stderr.count("evaluate: error: the disk is gone") == 1
+
+
+def test_bad_files_are_named_whichever_rank_reads_them(data, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"bad{i}.png").write_bytes(b"no image")
+    done = ranks(2, ROOT / "evaluate.py", "--data", tmp_path, *SETTINGS)
+    assert done.returncode != 0
+    assert all(f"bad{i}.png" in done.stderr for i in range(3)) and "3 files" in done.stderr
+
+
+# --- interrupted
+
+SLOW = """
+import sys, time
+import evaluate
+from visualad import VisualAD
+
+def slow(self, *inputs, infer=VisualAD.infer):
+    time.sleep(0.5)
+    return infer(self, *inputs)
+
+VisualAD.infer = slow
+sys.exit(evaluate.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory):
+    """A state file that a killed run left, in the middle of a class."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "slow.py").write_text(SLOW)
+    command = [sys.executable, folder / "slow.py", "--data", data, *SETTINGS, "--json", folder / "r.json"]
+    process = subprocess.Popen([*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    state, deadline = folder / "r.json.state", time.monotonic() + 120
+    while time.monotonic() < deadline and not (state.exists() and torch.load(state)["done"] >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(state)["done"] in (2, 4) and not (folder / "r.json").exists()
+    return state
+
+
+def test_a_killed_run_goes_on_to_the_identical_report(data, whole, killed, tmp_path, monkeypatch):
+    calls, infer = [], VisualAD.infer
+    monkeypatch.setattr(VisualAD, "infer", lambda self, *inputs: calls.append(0) or infer(self, *inputs))
+    (tmp_path / "s").write_bytes(killed.read_bytes())
+    assert run(data, "--json", tmp_path / "r.json", "--state", tmp_path / "s", "--resume") == 0
+    assert (tmp_path / "r.json").read_bytes() == whole and not (tmp_path / "s").exists()
+    assert len(calls) == 6 - torch.load(killed)["done"]  # 3 batches of each class
+
+
+def test_a_killed_run_goes_on_with_another_number_of_ranks(data, whole, killed, tmp_path):
+    (tmp_path / "r.json.state").write_bytes(killed.read_bytes())
+    done = ranks(
+        2, ROOT / "evaluate.py", "--data", data, *SETTINGS, "--json", tmp_path / "r.json", "--resume"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("other", [["--sigma", "3"], ["--limit", "2"], ["--batch-size", "2"], ["--native"]])
+def test_a_state_of_other_settings_is_refused_and_kept(data, killed, tmp_path, other, capsys):
+    (tmp_path / "s").write_bytes(killed.read_bytes())
+    assert run(data, "--state", tmp_path / "s", "--resume", *other) == 2
+    assert "belongs to another run" in capsys.readouterr().err
+    assert (tmp_path / "s").read_bytes() == killed.read_bytes()
+
+
+def test_without_a_state_resume_begins_and_a_damaged_one_is_an_error(data, whole, tmp_path, capsys):
+    assert run(data, "--json", tmp_path / "r.json", "--resume") == 0
+    assert (tmp_path / "r.json").read_bytes() == whole
+    (tmp_path / "s").write_bytes(b"damaged")
+    assert run(data, "--state", tmp_path / "s", "--resume") == 2
+    assert run(data, "--resume") == 2
+    errors = capsys.readouterr().err
+    assert f"cannot read {tmp_path / 's'}" in errors and "--resume needs" in errors
