@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import evaluate
 import visualad
 
 README = (ROOT / "README.md").read_text()
@@ -20,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def clone(tmp_path_factory):
     """What a clone holds for its user, in another folder."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("visualad.py", "hubconf.py"):
+    for name in ("visualad.py", "hubconf.py", "evaluate.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("examples", "weights"):
         shutil.copytree(ROOT / name, folder / name)
@@ -65,12 +66,19 @@ def test_nothing_is_left_to_fill_in():
 def test_files_and_names_that_are_mentioned_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    flags = set(
-        re.findall(
-            r"--[a-z-]+", README.partition("python visualad.py IMAGE_OR_FOLDER")[2].partition("```")[0]
-        )
-    )
-    printed = run([sys.executable, "visualad.py", "--help"], ROOT)
-    assert flags == set(re.findall(r"--[a-z-]+", printed)) - {"--help"}
-    for name in re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE):
-        assert name in visualad.PRETRAINED
+    for program, begin in (("visualad.py", "IMAGE_OR_FOLDER"), ("evaluate.py", "--data ROOT [")):
+        shown = begin + README.partition(f"python {program} {begin}")[2].partition("```")[0]
+        printed = run([sys.executable, program, "--help"], ROOT)
+        flags = (set(re.findall(r"--[a-z-]+", text)) for text in (shown, printed))
+        assert next(flags) == next(flags) - {"--help"}
+    table = README.partition("| name | backbone |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == visualad.PRETRAINED.keys()
+
+
+def test_every_benchmark_has_its_command():
+    commands = re.findall(r"^python evaluate.py (--data data/(\S+) --dataset (\S+)) ", README, re.MULTILINE)
+    assert len(commands) == 13 and all(folder == name for _, folder, name in commands)
+    others = {"meta.json", "mpdd", "folders", "images"}
+    assert {name for _, _, name in commands} | others == evaluate.DATASETS.keys()
+    table = README.partition("| `--dataset` |")[2].partition("\n\n")[0]
+    assert evaluate.DATASETS.keys() <= set(re.findall(r"`([\w.-]+)`", table))
