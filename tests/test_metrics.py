@@ -372,6 +372,16 @@ def test_the_published_variant_takes_its_thresholds_from_the_least_and_largest_v
         assert histogram(p).metrics("published")["aupro"] == pytest.approx(want, abs=1e-3)
 
 
+def test_the_published_variant_keeps_the_first_threshold_and_drops_a_rate_of_three_tenths():
+    for normal in (
+        np.repeat([0.0, 0.002, 1.0], [75, 20, 5]),  # above the first threshold a quarter, then a twentieth
+        np.repeat([0.0, 0.3012, 0.6012, 1.0], [70, 10, 15, 5]),  # exactly 0.3 at first
+    ):
+        heat, mask = np.append(normal, [0.0, 0.001, 0.5, 1.0])[None, None], np.arange(104)[None, None] >= 100
+        want = published_pro(*flat([(heat, mask)]))
+        assert histogram([(heat, mask)]).metrics("published")["aupro"] == pytest.approx(want, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     "values",
     [

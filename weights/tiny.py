@@ -1,7 +1,7 @@
 """Draws procedural textures and objects with procedural defects; trains the bundled model on nothing else.
 
     python weights/tiny.py                        # train, choose the threshold, write the model, report
-    python weights/tiny.py --report --data ROOT   # measure the model, also on images in MVTec's layout
+    python weights/tiny.py --report --data ROOT   # measure the model, also on a dataset of real images
 
 No real image and no downloaded weight is used, and a picture is a function of (SEED, split, index) alone.
 """
@@ -26,16 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this script lies beside the module, not in it
+from evaluate import PixelHistogram, image_metrics, read, read_dataset  # noqa: E402
 from visualad import (  # noqa: E402
     BACKBONES,
     Output,
     VisualAD,
     find_device,
-    image_files,
     image_score,
     resize,
     smooth,
-    to_tensor,
     upsample,
     write_atomic,
 )  # fmt: skip
@@ -808,17 +807,6 @@ def decide(model: VisualAD, count: int = 2000) -> None:
 # ---- measuring
 
 
-def auroc_and_ap(label: Array, score: Array) -> tuple[float, float]:
-    """Area under the ROC curve, ties counted half, and average precision as scikit-learn's, of [n] each."""
-    order = np.argsort(-score)
-    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # of equal scores
-    hits = np.cumsum(label[order])[last]
-    misses = last + 1 - hits
-    steps = np.diff(hits, prepend=0)
-    area = (np.diff(misses, prepend=0) * (hits - steps / 2)).sum() / (hits[-1] * misses[-1])
-    return float(area), float((steps * hits / (last + 1)).sum() / hits[-1])
-
-
 Batches = Iterator[
     tuple[torch.Tensor, torch.Tensor]
 ]  # images at the network's size, masks at the image's own
@@ -829,15 +817,11 @@ def procedural(split: int, count: int) -> Batches:
 
 
 def real(root: Path) -> Batches:
-    """Every test image of a folder in MVTec-AD's layout, CLASS/test/DEFECT/STEM.* and its mask."""
+    """Every test image of a dataset that evaluate.py reads."""
     size = [BACKBONES["tiny"].image_size] * 2
-    for path in image_files(root):
-        if path.parents[1].name == "test":
-            image, mask = to_tensor(path), torch.zeros(1)
-            if path.parent.name != "good":
-                name = f"{path.stem}_mask.png"
-                mask = to_tensor(path.parents[2] / "ground_truth" / path.parent.name / name)[0] > 0
-            yield resize(image, size)[None], mask.expand(image.shape[1:])[None] > 0
+    for record in read_dataset(root)[1]:
+        image, mask = read(record)
+        yield resize(image, size)[None], mask[None]
 
 
 def contrast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -849,29 +833,30 @@ def contrast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def report(name: str, method: Callable, batches: Batches, limit: float | None = None) -> str:
     """Image AUROC, pixel AUROC and pixel AP at the images' own size, in percent."""
-    scores, labels, maps, masks = [], [], [], []
+    scores, labels, pixels, anomalous, seen = [], [], PixelHistogram(-4, 4), 0, 0
     for x, mask in batches:
         m, s = method(x.to(find_device()))
         scores += s.tolist()
         labels += mask.any(dim=(1, 2)).tolist()
-        maps.append(upsample(m[:, None], mask.shape[-2:]).flatten().cpu().numpy())
-        masks.append(mask.flatten().numpy())
-    label, score, mask, maps = np.array(labels), np.array(scores), np.concatenate(masks), np.concatenate(maps)
+        pixels.update(upsample(m[:, None], mask.shape[-2:])[:, 0].cpu(), mask)
+        anomalous, seen = anomalous + int(mask.sum()), seen + mask.numel()
+    label, score = np.array(labels), np.array(scores)
     flagged = ""
     if limit is not None:
         rates = [(score[label == kind] > limit).mean() for kind in (False, True)]
         flagged = f" | above the threshold: {rates[0]:.1%} of normal, {rates[1]:.1%} of anomalous"
-    image, pixel, precision = auroc_and_ap(label, score)[0], *auroc_and_ap(mask, maps)
+    image, pixel = image_metrics(label, score), pixels.metrics()
     return (
-        f"{name}: {len(label)} images, {label.sum()} anomalous, {mask.mean():.1%} of pixels | image AUROC "
-        f"{100 * image:.1f} | pixel AUROC {100 * pixel:.1f} | pixel AP {100 * precision:.1f}{flagged}"
+        f"{name}: {len(label)} images, {label.sum()} anomalous, {anomalous / seen:.1%} of pixels | image AUROC "
+        f"{100 * image['auroc']:.1f} | pixel AUROC {100 * pixel['auroc']:.1f} | pixel AP "
+        f"{100 * pixel['ap']:.1f}{flagged}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="measure the bundled model instead of training")
-    parser.add_argument("--data", type=Path, help="also measure on real images in MVTec-AD's layout")
+    parser.add_argument("--data", type=Path, help="also measure on a dataset that evaluate.py reads")
     parser.add_argument("--images", type=int, default=160_000, help="how many to draw and train on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
