@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -60,66 +60,65 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # --- 1. datasets as data ---------------------------------------------------------------------------------
 class Layout(NamedTuple):
     """How images, labels and masks lie under a root. Patterns are regular expressions for a whole path from
-    there, in any case; {split} stands for test or train. Those of images see no suffix and name cls, kind
-    (the folder that tells normal from anomalous) and stem."""
+    there, in any case; {split} stands for test or train. Those of images and masks see no suffix and name
+    what pairs them: cls, kind (the folder that tells normal from anomalous) and stem."""
 
     names: tuple[str, ...]  # that --dataset takes
     about: str
     signs: tuple[str, ...]  # each must match a file; (): no file lies deeper than the root
-    images: tuple[str, ...]  # the first that finds anything counts
+    pairs: tuple[tuple[str, str | None], ...]  # of images and their masks; the first that finds images counts
     normal: str  # the kinds that are normal, or NO MASK, EMPTY MASK, NONE, UNKNOWN
-    masks: tuple[str, ...] = ()  # no suffix; {folder} holds the image, {up} that folder, {top} that one
     optional: bool = False  # whether a class may do without masks
     index: str = ""  # a file that lists the images
 
 
-STEM, GOOD = r"(?P<stem>[^/]+)", "good|ok|normal|no"
-SPECIES = rf"((?P<cls>[^/]+)/)?{{split}}/(?P<kind>[^/]+)/{STEM}"
+STEM, CLS, GOOD = r"(?P<stem>[^/]+)", r"((?P<cls>[^/]+)/)?", "good|ok|normal|no"
+MASK = rf"{CLS}ground_truth/(?P<kind>[^/]+)/(?P<stem>[^/]+?)(_mask)?"
+SPECIES = rf"{CLS}{{split}}/(?P<kind>[^/]+)/{STEM}", MASK
+CLASSN, UNGOOD = r"(?P<cls>Class\d+)", "{split}/(?P<kind>good|ungood)/"
+SEGMENTED = ("images", "masks"), ("PNG/Original", "PNG/Ground Truth"), ("Original", "Ground Truth")
 LAYOUTS = (
-    Layout(("meta.json",), "meta.json", (), (), "", (), True, "meta.json"),
-    Layout(("visa",), "split_csv/1cls.csv", (), (), "", (), False, "split_csv/1cls.csv"),
+    Layout(("meta.json",), "meta.json", (), (), "", True, "meta.json"),
+    Layout(("visa",), "split_csv/1cls.csv", (), (), "", False, "split_csv/1cls.csv"),
     Layout(
-        ("ksdd2",), "{split}/N.* beside N_GT.*",
-        (r"(test|train)/[^/]+_GT\.\w+",), (rf"{{split}}/{STEM}(?<!_GT)",),
-        "EMPTY MASK", ("{folder}/{stem}_GT",),
+        ("ksdd2",), "{split}/N.* beside N_GT.*", (r"(test|train)/[^/]+_GT\.\w+",),
+        ((rf"{{split}}/{STEM}(?<!_GT)", rf"{{split}}/{STEM}_GT"),), "EMPTY MASK",
     ),
     Layout(
-        ("dagm",), "ClassN/{split}/*, Label/STEM_label.*",
-        (r"Class\d+/(test|train)/.+",), (rf"(?P<cls>Class\d+)/{{split}}/{STEM}",),
-        "NO MASK", ("{folder}/Label/{stem}_label",),
+        ("dagm",), "ClassN/{split}/*, ClassN/{split}/Label/STEM_label.*",
+        (r"Class\d+/(test|train)/(Label/)?[^/]+",),
+        ((rf"{CLASSN}/{{split}}/{STEM}", rf"{CLASSN}/{{split}}/Label/{STEM}_label"),), "NO MASK",
     ),
     Layout(
         ("oct17", "brain_ad", "his"), "{split}/{good,Ungood}/[img/]*, {split}/Ungood/label/STEM.*",
-        (r"(test|train|valid)/ungood/.+",),
-        tuple(rf"{{split}}/(?P<kind>good|ungood)/{folder}{STEM}" for folder in ("img/", "")),
-        "good", ("{up}/label/{stem}",), True,
+        (r"(test|train|valid)/ungood/.+",), ((rf"{UNGOOD}(img/)?{STEM}", rf"{UNGOOD}label/{STEM}"),),
+        "good", True,
     ),
     Layout(
         ("mvtec", "mpdd", "dtd-synthetic"),
         "[CLASS/]{split}/{good,DEFECT}/*, [CLASS/]ground_truth/DEFECT/{STEM_mask,STEM}.*",
         (r"([^/]+/)?(test|train)/good/.+",), (SPECIES,), "good",
-        ("{top}/ground_truth/{kind}/{stem}_mask", "{top}/ground_truth/{kind}/{stem}"),
     ),
     Layout(
         ("btad",), "[CLASS/]{split}/{ok,ko}/*, [CLASS/]ground_truth/ko/STEM.*",
-        (r"([^/]+/)?(test|train)/ok/.+",), (SPECIES,), "ok", ("{top}/ground_truth/{kind}/{stem}",),
+        (r"([^/]+/)?(test|train)/ok/.+",), (SPECIES,), "ok",
     ),
     Layout(
         ("cvc-clinicdb", "endo", "kvasir"), "images/* and masks/*; [PNG/]Original/* and [PNG/]Ground Truth/*",
-        ("(images|((PNG|TIF)/)?Original)/.+", "(masks|((PNG|TIF)/)?Ground Truth)/.+"),
-        tuple(f"{folder}/{STEM}" for folder in ("images", "PNG/Original", "Original", "TIF/Original")),
-        "NONE", ("{up}/masks/{stem}", "{up}/Ground Truth/{stem}"),
+        ("(images|(PNG/)?Original)/.+", "(masks|(PNG/)?Ground Truth)/.+"),
+        tuple((f"{images}/{STEM}", f"{masks}/{STEM}") for images, masks in SEGMENTED), "NONE",
     ),
     Layout(
         ("brainmri",), "[brain_tumor_dataset/]{yes,no}/*",
         ("(brain_tumor_dataset/)?yes/.+", "(brain_tumor_dataset/)?no/.+"),
-        tuple(f"{folder}(?P<kind>yes|no)/{STEM}" for folder in ("", "brain_tumor_dataset/")), "no", (), True,
+        tuple((f"{folder}(?P<kind>yes|no)/{STEM}", None) for folder in ("", "brain_tumor_dataset/")),
+        "no", True,
     ),
     Layout(
         ("folders",), "{good,ok,normal,no}/* beside any other folder",
-        (f"({GOOD})/.+", f"(?!({GOOD})/)[^/]+/.+"), (f"(?P<kind>[^/]+)/(.+/)?{STEM}",), GOOD, (), True,
+        (f"({GOOD})/.+", f"(?!({GOOD})/)[^/]+/.+"), ((f"(?P<kind>[^/]+)/(.+/)?{STEM}", None),), GOOD, True,
     ),
-    Layout(("images",), "images alone, scored without labels", (), (STEM,), "UNKNOWN", (), True),
+    Layout(("images",), "images alone, scored without labels", (), ((STEM, None),), "UNKNOWN", True),
 )  # fmt: skip
 DATASETS = {name: layout for layout in LAYOUTS for name in layout.names}
 
@@ -135,10 +134,18 @@ class Record(NamedTuple):
     known: bool = False  # whether every pixel's truth is known: true where any image of the class has a mask
 
 
+class Fault(NamedTuple):
+    """What is wrong with a file: missing, unreadable, mismatched."""
+
+    path: Path
+    cls: str
+    what: str
+
+
 def read_dataset(
     root: str | os.PathLike, dataset: str = "auto", split: str = "test"
-) -> tuple[Layout, list[Record], dict[str, str]]:
-    """The layout, the images sorted by class and path, and {file: what is wrong} for what does not pair up.
+) -> tuple[Layout, list[Record], list[Fault]]:
+    """The layout, the images sorted by class and path, and what does not pair up.
 
     dataset: a name in DATASETS, or "auto": the first layout whose signs are there. Masks pair by stem.
     Raises ValueError for a root in no known layout, FileNotFoundError where there is no image at all.
@@ -151,19 +158,18 @@ def read_dataset(
     indexed = (row for row in LAYOUTS if row.index and (root / row.index).is_file())
     layout = DATASETS.get(dataset) or next(indexed, None)
     if layout and layout.index:
-        rows, faults = listed(layout, root, split)
+        rows, faults = listed(layout, root, split), []
     else:
         files = [path.relative_to(root) for path in image_files(root)]
         layout = layout or next((row for row in LAYOUTS if not row.index and fits(row, files)), None)
-        rows, faults = matched(layout, root, files, split) if layout else ([], {})
+        rows, faults = matched(layout, root, files, split) if layout else ([], [])
     if not rows:
         looked = "".join(f"\n  {row.names[0]}: {row.about}" for row in ([layout] if layout else LAYOUTS))
         raise ValueError(f"{root} holds no {split} images in a known layout; looked for{looked}")
     masked = {row.cls for row in rows if row.mask}
-    for row in rows:
-        if row.label != 0 and row.mask is None and (row.cls in masked or not layout.optional):
-            where = " or ".join(layout.masks) or layout.index
-            faults.setdefault(str(row.path), f"{row.path} is anomalous and has no mask: nothing in {where}")
+    for path, cls, _, label, mask, _ in rows:
+        if label != 0 and mask is None and (cls in masked or not layout.optional):
+            faults.append(Fault(path, cls, f"{path} is anomalous and has no mask, in {layout.about}"))
     rows = [row._replace(known=row.cls in masked) for row in rows]
     return layout, sorted(rows, key=lambda row: (row.cls, row.path)), faults
 
@@ -174,7 +180,7 @@ def fits(layout: Layout, files: Sequence[Path]) -> bool:
     return all(found) if layout.signs else not any("/" in name for name in names)
 
 
-def listed(layout: Layout, root: Path, split: str) -> tuple[list[Record], dict[str, str]]:
+def listed(layout: Layout, root: Path, split: str) -> list[Record]:
     """The images that meta.json or VisA's split_csv/1cls.csv lists."""
     path, rows = root / layout.index, []
     try:
@@ -194,39 +200,41 @@ def listed(layout: Layout, root: Path, split: str) -> tuple[list[Record], dict[s
             mask = root / mask if mask and label else None
             mask = None if mask and mask.is_dir() else mask  # some generators write the root for "none"
             records.append(Record(root / image, cls, kind, label, mask))
-        return records, {}
+        return records
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not list {split} images as it should: {error!r}") from error
 
 
-def matched(layout: Layout, root: Path, files: Sequence[Path], split: str) -> tuple[list, dict[str, str]]:
-    """The images that a layout's patterns find, each with the mask of its stem."""
-    named: dict[str, list[Path]] = {}
-    for path in files:
-        named.setdefault(path.with_suffix("").as_posix(), []).append(path)
-    for pattern in layout.images:
-        rule = re.compile(pattern.replace("{split}", split), re.I)
-        found = [(path, m) for name, paths in named.items() if (m := rule.fullmatch(name)) for path in paths]
-        if found:
-            break
-    rows, faults, used = [], {}, set()
-    for path, match in found:
-        groups = {"cls": None, "kind": "", **match.groupdict()}
-        place = dict(zip(("folder", "up", "top"), path.parents, strict=False))
-        names = (str(PurePosixPath(mask.format(**groups, **place))) for mask in layout.masks)
-        masks = next((named[name] for name in names if name in named), [])
-        rules = {"NO MASK": int(bool(masks)), "EMPTY MASK": None, "NONE": 1, "UNKNOWN": None}
-        label = rules.get(layout.normal, int(groups["kind"].lower() not in layout.normal.split("|")))
-        masks = [] if label == 0 else masks
-        if len(masks) > 1:
-            faults[str(root / path)] = f"{root / path} has {len(masks)} masks: {', '.join(map(str, masks))}"
-        used |= set(masks)
-        cls, mask = groups["cls"] or root.resolve().name, root / masks[0] if masks else None
-        rows.append(Record(root / path, cls, groups["kind"], label, mask))
-    folders, images = {mask.parent for mask in used}, {path for path, _ in found}
-    for path in files:
-        if path.parent in folders and path not in used and path not in images:
-            faults[str(root / path)] = f"{root / path} is a mask without an image"
+def matched(
+    layout: Layout, root: Path, files: Sequence[Path], split: str
+) -> tuple[list[Record], list[Fault]]:
+    """The images that a layout's patterns find, each with the mask of its class, kind and stem."""
+
+    def find(pattern: str | None) -> list[tuple[Path, tuple[str, str, str]]]:
+        rule = re.compile((pattern or "(?!)").replace("{split}", split), re.I)
+        found = ((path, rule.fullmatch(path.with_suffix("").as_posix())) for path in files)
+        found = ((path, {"cls": None, "kind": "", **m.groupdict()}) for path, m in found if m)
+        whole = root.resolve().name
+        return [(path, (at["cls"] or whole, at["kind"], at["stem"])) for path, at in found]
+
+    splits = layout.pairs if split == "test" else [pair for pair in layout.pairs if "{split}" in pair[0]]
+    images, of_masks = next(((found, pair[1]) for pair in splits if (found := find(pair[0]))), ([], None))
+    masks: dict[tuple, list[Path]] = {}
+    for path, key in find(of_masks):
+        masks.setdefault(key, []).append(path)
+    rows, faults = [], []
+    for path, (cls, kind, stem) in images:
+        own = masks.get((cls, kind, stem), [])
+        rules = {"NO MASK": int(bool(own)), "EMPTY MASK": None, "NONE": 1, "UNKNOWN": None}
+        label = rules.get(layout.normal, int(kind.lower() not in layout.normal.split("|")))
+        if len(own) > 1:
+            named = ", ".join(str(root / mask) for mask in own)
+            faults.append(Fault(root / path, cls, f"{root / path} has {len(own)} masks: {named}"))
+        rows.append(Record(root / path, cls, kind, label, root / own[0] if own and label != 0 else None))
+    if of_masks and (split == "test" or "{split}" in of_masks):  # else these are masks of the other split
+        for key in masks.keys() - {key for _, key in images}:
+            for path in masks[key]:
+                faults.append(Fault(root / path, key[0], f"{root / path} is a mask without an image"))
     return rows, faults
 
 
@@ -343,7 +351,7 @@ def region_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
     last = (pixels & ~pixels.roll(-1)).nonzero()[:, 0]
     # A run touches those of the next row that end not before and start not after its ends, moved out by one.
     begin = torch.searchsorted(last, first + row - 1)
-    count = (torch.searchsorted(first, last + row + 1, right=True) - begin).clamp(min=0)
+    count = torch.searchsorted(first, last + row + 1, right=True) - begin
     run = torch.arange(len(first), device=masks.device)
     upper = run.repeat_interleave(count)
     skipped = (count.cumsum(0) - count)[upper]
@@ -366,7 +374,7 @@ class PixelHistogram:
     images, processes and machines, in any order, to the same digits.
 
     low, high: the range of the values, [-2L, 2L] for VisualAD. Pixels of one bin count as tied: metrics are
-    exact for values rounded to the middles of the bins, and within 1e-4 for others as long as their standard
+    exact for values rounded to the middles of the bins, and within 1e-4 on raw maps as long as their standard
     deviation is at least 2,500 bin widths. Raises ValueError for an empty range.
     """
 
@@ -419,13 +427,13 @@ class PixelHistogram:
         """What `from_state` rebuilds it from, as small as its used bins."""
         used = self.counts.any(dim=0).nonzero()[:, 0]
         fields = dict(low=self.low, high=self.high, bins=self.bins, used=used, counts=self.counts[:, used])
-        return fields | dict(regions=self.regions, extremes=self.extremes)
+        return fields | dict(regions=self.regions.clone(), extremes=self.extremes.clone())
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: str | torch.device = "cpu") -> PixelHistogram:
         self = cls(state["low"], state["high"], state["bins"], device)
         self.counts[:, state["used"].to(device)] = state["counts"].to(device)
-        self.regions, self.extremes = (state[name].to(device) for name in ("regions", "extremes"))
+        self.regions, self.extremes = (state[x].clone().to(device) for x in ("regions", "extremes"))
         return self
 
     def metrics(self, pro: str = "exact") -> dict[str, float | None]:
@@ -443,12 +451,12 @@ class PixelHistogram:
         found: dict[str, float | None] = {**ranking(anomalous, normal), "aupro": None}
         if found["auroc"] is None:
             return found
-        rate, overlap = (np.append(0, x.cumsum()) / x.sum() for x in (normal, weights))
+        rate, overlap = (np.append(0, x.cumsum(dtype=float)) / x.sum(dtype=float) for x in (normal, weights))
         if pro == "exact":
             width, rise = np.diff(rate), np.diff(overlap)
             inside = np.clip(0.3 - rate[:-1], 0, width)  # the bin that crosses 0.3 counts in part
             part = np.divide(inside, width, out=np.zeros_like(width), where=width > 0)
-            found["aupro"] = float((inside * (overlap[:-1] + rise * part / 2)).sum() / 0.3)
+            area = (inside * (overlap[:-1] + rise * part / 2)).sum() / 0.3
         else:
             low, high = (self.extremes.cpu().numpy() * (-1, 1)).tolist()
             limits = low + np.arange(200) * ((high - low) / 200)
@@ -457,10 +465,10 @@ class PixelHistogram:
             above[0] = len(used) - 1  # what exceeds the minimum: all bins but the last
             above = above[rate[above] < 0.3]
             rate, overlap = rate[above], overlap[above]
-            if len(rate) > 1 and rate[0] > rate[-1]:
-                rate = (rate - rate[-1]) / (rate[0] - rate[-1])
-                found["aupro"] = float((-np.diff(rate) * (overlap[1:] + overlap[:-1]) / 2).sum())
-        return found
+            if len(rate) < 2 or rate[0] == rate[-1]:
+                return found
+            area = (-np.diff(rate) * (overlap[1:] + overlap[:-1]) / 2).sum() / (rate[0] - rate[-1])
+        return {**found, "aupro": min(1.0, float(area))}  # the parts of a rate may add up to a little more
 
 
 # --- 4. one pass over the images -------------------------------------------------------------------------
@@ -666,7 +674,7 @@ def page(title: str, text: str, rows: Sequence[Mapping[str, Any]], high: float) 
 def select(records: Sequence[Record], classes: str | None, limit: int | None) -> list[Record]:
     """Some classes, N images of each, evenly spread so that normal and anomalous ones are among them."""
     names = {record.cls for record in records}
-    chosen = set(classes.split(",")) if classes else names
+    chosen = names if classes is None else set(classes.split(","))
     if unknown := chosen - names:
         raise ValueError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     if limit is not None and limit < 1:
@@ -679,20 +687,23 @@ def select(records: Sequence[Record], classes: str | None, limit: int | None) ->
     return kept
 
 
-def checked(records: Sequence[Record], faults: dict[str, str], skip: bool) -> list[Record]:
-    """The records with their labels, every file read once, the ranks sharing the work. Raises one ValueError
-    that names all the faults; with `skip` adds them to `faults` and leaves their records out."""
+def checked(
+    records: Sequence[Record], faults: Sequence[Fault], skip: bool
+) -> tuple[list[Record], list[Fault]]:
+    """The records with their labels, every file read once, the ranks sharing the work; and all faults. Raises
+    one ValueError that names them; with `skip`, leaves their records out instead."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, hide = records[rank::world], rank > 0 or None
     shares = gather(list(tqdm(ahead(examine, mine, 64), "checking", len(mine), leave=False, disable=hide)))
     examined = [shares[i % world][i // world] for i in range(len(records))]
-    for record, fault in examined:
-        if fault:
-            faults.setdefault(str(record.path), fault)
+    known = {fault.path for fault in faults}
+    more = [Fault(r.path, r.cls, what) for r, what in examined if what and r.path not in known]
+    faults = [*faults, *more]
     if faults and not skip:
-        named = "".join(f"\n  {fault}" for fault in faults.values())
+        named = "".join(f"\n  {fault.what}" for fault in faults)
         raise ValueError(f"{len(faults)} files cannot be used (--skip-bad goes on without them):{named}")
-    return [record for record, _ in examined if str(record.path) not in faults]
+    bad = {fault.path for fault in faults}
+    return [record for record, _ in examined if record.path not in bad], faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -746,11 +757,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{folder} lies in the dataset, whose images would grow: choose another folder")
 
     layout, records, faults = read_dataset(args.data, args.dataset, args.split)
-    if args.classes or args.limit:
-        records = select(records, args.classes, args.limit)
-        faults = {path: faults[path] for path in map(str, (r.path for r in records)) if path in faults}
+    chosen = select(records, args.classes, args.limit)
+    left = {record.path for record in records} - {record.path for record in chosen}
+    classes = {record.cls for record in chosen}
+    faults = [fault for fault in faults if fault.path not in left and fault.cls in classes]
     model, size = load_model(args)
-    records = checked(records, faults, args.skip_bad)
+    records, faults = checked(chosen, faults, args.skip_bad)
     if not records:
         raise ValueError("no image is left")
     names = {record.path: name_of(record.path, args.data) for record in records}
@@ -805,7 +817,9 @@ def run(args: argparse.Namespace) -> int:
         write(args.heatmaps / "index.html", page(f"{args.model} on {args.data}", text, rows, high).encode())
         print(f"heatmaps: {args.heatmaps / 'index.html'}")
     if args.json:
-        report |= dict(left_out=list(faults.values()), classes=result["classes"], mean=result["mean"])
+        report |= dict(
+            left_out=[fault.what for fault in faults], classes=result["classes"], mean=result["mean"]
+        )
         write(args.json, json.dumps(report | dict(records=rows), indent=2, allow_nan=False).encode())
     if state:
         state.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate import DATASETS, LAYOUTS, examine, main, read, read_dataset, read_mask, select, shrink
+from evaluate import DATASETS, LAYOUTS, Fault, examine, main, read, read_dataset, read_mask, select, shrink
 from visualad import to_tensor
 
 H, W = 10, 12
@@ -75,7 +75,7 @@ def litter(root: Path) -> None:
             put(Path(folder), {name: "x"})
 
 
-def rows(root: Path, *args: str) -> tuple[str, list[tuple], dict[str, str]]:
+def rows(root: Path, *args: str) -> tuple[str, list[tuple], list[Fault]]:
     """Name of the layout, (path, class, kind, label, mask) of each image, what is wrong."""
     layout, records, faults = read_dataset(root, *args)
     assert all(isinstance(record.path, Path) for record in records)
@@ -365,7 +365,7 @@ def test_there_are_13_benchmarks():
 def test_a_benchmark_is_read_as_it_lies_on_disk(name, tmp_path):
     root, want = replica(tmp_path, name)
     for dataset in ("auto", name):
-        assert rows(root, dataset) == (ALIKE[name], unread(name, want.test), {})
+        assert rows(root, dataset) == (ALIKE[name], unread(name, want.test), [])
     assert rows(str(root)) == rows(root)
 
 
@@ -374,7 +374,7 @@ def test_its_train_split_is_read_or_an_error(name, tmp_path):
     root, want = replica(tmp_path, name)
     for dataset in ("auto", name):
         if REPLICAS[name].train:
-            assert rows(root, dataset, "train") == (ALIKE[name], unread(name, want.train), {})
+            assert rows(root, dataset, "train") == (ALIKE[name], unread(name, want.train), [])
         else:
             with pytest.raises(ValueError, match="train"):
                 read_dataset(root, dataset, "train")
@@ -399,17 +399,17 @@ def test_every_image_and_mask_of_it_can_be_read(name, tmp_path):
 def test_brainmri_is_found_in_its_folder_too(tmp_path):
     root = put(tmp_path / "mri", {f"brain_tumor_dataset/{name}": how for name, how in BRAIN.items()})
     want = [(f"brain_tumor_dataset/{row[0]}", "mri", *row[2:]) for row in REPLICAS["brainmri"].test]
-    assert rows(root) == rows(root, "brainmri") == ("brainmri", want, {})
+    assert rows(root) == rows(root, "brainmri") == ("brainmri", want, [])
 
 
 def test_cvc_is_found_in_all_its_shapes_and_counted_once(tmp_path):
     small = flat("Original", "Ground Truth")
     root = put(tmp_path / "cvc", small.files)
-    assert rows(root)[1:] == ([(row[0], "cvc", *row[2:]) for row in small.test], {})
+    assert rows(root)[1:] == ([(row[0], "cvc", *row[2:]) for row in small.test], [])
     both = flat("PNG/Original", "PNG/Ground Truth")
     files = both.files | {"TIF/Original/9.tif": "RGB", "TIF/Ground Truth/9.tif": "mask L"}
     root = put(tmp_path / "both" / "cvc", files)
-    assert rows(root, "cvc-clinicdb")[1:] == ([(row[0], "cvc", *row[2:]) for row in both.test], {})
+    assert rows(root, "cvc-clinicdb")[1:] == ([(row[0], "cvc", *row[2:]) for row in both.test], [])
 
 
 def test_a_class_folder_alone_is_a_root(tmp_path):
@@ -417,13 +417,13 @@ def test_a_class_folder_alone_is_a_root(tmp_path):
         root = put(tmp_path, REPLICAS[name].files) / cls
         part = [row for row in REPLICAS[name].test if row[1] == cls]
         want = [(a[len(cls) + 1 :], cls, b, c, d and d[len(cls) + 1 :]) for a, _, b, c, d in part]
-        assert rows(root) == rows(root, name) == (ALIKE[name], want, {})
+        assert rows(root) == rows(root, name) == (ALIKE[name], want, [])
 
 
 def test_the_current_folder_is_a_root(tmp_path, monkeypatch):
     root, want = replica(tmp_path, "endo")
     monkeypatch.chdir(root)
-    assert rows(Path("."))[1:] == (want.test, {})
+    assert rows(Path("."))[1:] == (want.test, [])
 
 
 @pytest.mark.parametrize(
@@ -443,13 +443,13 @@ def test_the_current_folder_is_a_root(tmp_path, monkeypatch):
 )
 def test_folders_are_told_in_any_case(files, want, tmp_path):
     root = put(tmp_path / "set", files)
-    assert rows(root)[1:] == ([(row[0], "set", *row[1:]) for row in want], {})
+    assert rows(root)[1:] == ([(row[0], "set", *row[1:]) for row in want], [])
 
 
 def test_labels_of_dagm_in_another_case_are_not_lost(tmp_path):
     root = put(tmp_path, {"class1/test/1.png": "L", "class1/test/label/1_label.png": "mask L"})
     want = [("class1/test/1.png", "class1", "", 1, "class1/test/label/1_label.png")]
-    assert rows(root) == ("dagm", want, {})
+    assert rows(root) == ("dagm", want, [])
 
 
 @pytest.mark.parametrize("name", ["mvtec", "btad", "ksdd2", "dagm", "oct17", "brain_ad"])
@@ -469,7 +469,7 @@ def test_a_class_called_class1_does_not_make_it_dagm(tmp_path):
         ("Class1/test/bad/2.png", "Class1", "bad", 1, "Class1/ground_truth/bad/2_mask.png"),
         ("Class1/test/good/1.png", "Class1", "good", 0, None),
     ]
-    assert rows(root) == ("mvtec", want, {})
+    assert rows(root) == ("mvtec", want, [])
 
 
 def test_images_that_differ_in_their_suffix_alone_are_two(tmp_path):
@@ -519,7 +519,7 @@ def test_meta_json_says_what_is_what(tmp_path):
         ("a/2.png", "z b", "hole", 1, "a/m.png"),
     ]
     for dataset in ("auto", "meta.json"):
-        assert rows(root, dataset) == ("meta.json", want, {})
+        assert rows(root, dataset) == ("meta.json", want, [])
         assert rows(root, dataset, "train")[1] == [("../out/3.png", "nut", "good", 0, None)]
     records = {record.path.name: record for record in read_dataset(root)[1] if record.cls == "z b"}
     assert not read(records["3.png"])[1].any() and np.array_equal(read(records["2.png"])[1], BLOB)
@@ -611,7 +611,7 @@ def test_a_folder_of_normal_images_beside_others_is_image_level(good, tmp_path):
         (f"{good}/a.png", "my set", good, 0, None),
         (f"{good}/b.JPG", "my set", good, 0, None),
     ]
-    assert rows(root) == rows(root, "folders") == ("folders", want, {})
+    assert rows(root) == rows(root, "folders") == ("folders", want, [])
     for record in read_dataset(root)[1]:
         assert examine(record) == (record, None) and read(record)[1] is None
 
@@ -623,7 +623,7 @@ def test_a_folder_of_images_has_no_labels(tmp_path):
     )
     litter(root)
     want = [(name, "bare", "", None, None) for name in ("a.JPG", "b.png", "c.webp", "d.png")]
-    assert rows(root) == rows(root, "images") == ("images", want, {})
+    assert rows(root) == rows(root, "images") == ("images", want, [])
     for record in read_dataset(root)[1]:
         assert examine(record) == (record, None) and read(record)[1] is None
 

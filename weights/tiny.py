@@ -847,9 +847,9 @@ def report(name: str, method: Callable, batches: Batches, limit: float | None = 
         flagged = f" | above the threshold: {rates[0]:.1%} of normal, {rates[1]:.1%} of anomalous"
     image, pixel = image_metrics(label, score), pixels.metrics()
     return (
-        f"{name}: {len(label)} images, {label.sum()} anomalous, {anomalous / seen:.1%} of pixels | image AUROC "
-        f"{100 * image['auroc']:.1f} | pixel AUROC {100 * pixel['auroc']:.1f} | pixel AP "
-        f"{100 * pixel['ap']:.1f}{flagged}"
+        f"{name}: {len(label)} images, {label.sum()} anomalous, {anomalous / seen:.1%} of pixels | "
+        f"image AUROC {100 * image['auroc']:.1f} | pixel AUROC {100 * pixel['auroc']:.1f} | "
+        f"pixel AP {100 * pixel['ap']:.1f}{flagged}"
     )
 
 
