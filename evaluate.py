@@ -475,6 +475,11 @@ class PixelHistogram:
 METRICS = tuple("image_auroc image_f1_max image_ap pixel_auroc pixel_f1_max pixel_ap pixel_aupro".split())
 
 
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of all, (0, 1) where torchrun started none."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather(value: Any) -> list[Any]:
     """The value of every rank, in order; of this process alone where there is one."""
     if not dist.is_initialized():
@@ -525,7 +530,7 @@ def evaluate(
     takes it up if it is there. Raises ValueError as `infer` does and for a state with another key.
     """
     size, device = model.input_size(size), model.tokens.device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     batches, spans = [], {}  # a batch has one class, so that each can be closed and its histogram dropped
 
     def class_of(i: int) -> str:
@@ -692,7 +697,7 @@ def checked(
 ) -> tuple[list[Record], list[Fault]]:
     """The records with their labels, every file read once, the ranks sharing the work; and all faults. Raises
     one ValueError that names them; with `skip`, leaves their records out instead."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     mine, hide = records[rank::world], rank > 0 or None
     shares = gather(list(tqdm(ahead(examine, mine, 64), "checking", len(mine), leave=False, disable=hide)))
     examined = [shares[i % world][i // world] for i in range(len(records))]
@@ -706,35 +711,68 @@ def checked(
     return [record for record, _ in examined if record.path not in bad], faults
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for an error; 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is read; `load_data` reads them."""
+    add, cores = parser.add_argument, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add("--data", type=Path, required=True, metavar="ROOT", help="a dataset in a layout that is known")
     add("--dataset", default="auto", choices=("auto", *DATASETS), help="the layout (auto: by what is there)")
     add("--split", default="test", choices=("test", "train"), help="(%(default)s)")
     add("--classes", metavar="A,B", help="only these")
     add("--limit", type=int, metavar="N", help="only N images of each class, evenly spread")
     add("--skip-bad", action="store_true", help="go on without missing, unreadable or mismatched files")
+    add("--workers", type=int, default=min(8, max(1, cores)), metavar="N", help="that decode (%(default)s)")
+
+
+def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Fault]]:
+    """The chosen records with their labels, every file read once; what was left out. Says what it found."""
+    if args.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {args.workers}")
+    layout, everything, faults = read_dataset(args.data, args.dataset, args.split)
+    records = select(everything, args.classes, args.limit)
+    left, classes = {r.path for r in everything} - {r.path for r in records}, {r.cls for r in records}
+    faults = [fault for fault in faults if fault.path not in left and fault.cls in classes]
+    records, faults = checked(records, faults, args.skip_bad)
+    if not records:
+        raise ValueError("no image is left")
+    labels, kinds = [r.label for r in records], {"normal": 0, "anomalous": 1, "unlabelled": None}
+    told = ", ".join(f"{labels.count(label)} {kind}" for kind, label in kinds.items() if label in labels)
+    if ranks()[0] == 0:
+        print(f"{args.data}: {layout.names[0]} layout, {layout.about}; {args.split} split")
+        print(f"{len(classes)} classes, {len(records)} images: {told}; {len(faults)} files left out")
+    return layout, records, faults
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for an error; 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    data_flags(parser)
     model_flags(parser)
     add("--native", action="store_true", help="compare pixels at each image's own size, not the network's")
     pro = "exact: mean overlap of regions up to a false positive rate of 0.3; published: the variant of this "
     pro += "family of papers, 200 thresholds, rate renormalised. They differ: 0.765 and 0.770 on one set"
     add("--pro", default="exact", choices=("exact", "published"), help=pro)
-    add("--workers", type=int, metavar="N", help="processes that decode; default: one a core, at most 8")
     add("--json", type=Path, metavar="FILE", help="write settings, metrics and every image's score here")
     add("--save-maps", type=Path, metavar="FOLDER", help="write each map as float32 .npy")
     add("--heatmaps", type=Path, metavar="FOLDER", help="write image, mask, heatmap of each; index.html")
     add("--state", type=Path, metavar="FILE", help="what --resume needs; default: the --json name + .state")
     add("--resume", action="store_true", help="go on with an interrupted run of the same settings")
-    args = parser.parse_args(arguments)
+    return guarded("evaluate", run, parser.parse_args(arguments))
+
+
+def guarded(name: str, program: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs a program with the ranks that torchrun started, if it did, and its errors as one line each."""
     try:
-        return run(args)
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        return program(args)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("evaluate: interrupted; with --json or --state, --resume goes on", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
@@ -742,13 +780,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
-    if args.batch_size < 1 or (args.workers or 0) < 0:
-        raise ValueError(f"wanted --batch-size >= 1, --workers >= 0, got {args.batch_size}, {args.workers}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     state = args.state or (args.json and args.json.with_name(f"{args.json.name}.state"))
     if args.resume and not state:
         raise ValueError("--resume needs --json or --state")
@@ -756,22 +789,10 @@ def run(args: argparse.Namespace) -> int:
         if real(args.data) in (real(folder), *real(folder).parents):
             raise ValueError(f"{folder} lies in the dataset, whose images would grow: choose another folder")
 
-    layout, records, faults = read_dataset(args.data, args.dataset, args.split)
-    chosen = select(records, args.classes, args.limit)
-    left = {record.path for record in records} - {record.path for record in chosen}
-    classes = {record.cls for record in chosen}
-    faults = [fault for fault in faults if fault.path not in left and fault.cls in classes]
     model, size = load_model(args)
-    records, faults = checked(chosen, faults, args.skip_bad)
-    if not records:
-        raise ValueError("no image is left")
+    layout, records, faults = load_data(args)
     names = {record.path: name_of(record.path, args.data) for record in records}
     labels, counts = [record.label for record in records], Counter(record.cls for record in records)
-    kinds = {"normal": 0, "anomalous": 1, "unlabelled": None}
-    told = ", ".join(f"{labels.count(label)} {kind}" for kind, label in kinds.items() if label in labels)
-    if first := not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"{args.data}: {layout.names[0]} layout, {layout.about}; {args.split} split")
-        print(f"{len(counts)} classes, {len(records)} images: {told}; {len(faults)} files left out")
 
     reach, high = 2.0 * len(model.layers), model.display_high or len(model.layers)
     histogram = PixelHistogram(-reach, reach)
@@ -798,13 +819,12 @@ def run(args: argparse.Namespace) -> int:
             image = to_tensor(record.path) if args.native else image
             write(args.heatmaps / f"{name}.png", strip(image, heat, mask, high))
 
-    workers = min(8, max(1, (os.cpu_count() or 1) // world)) if args.workers is None else args.workers
     result = evaluate(
-        model, records, size=size, sigma=args.sigma, batch_size=args.batch_size, workers=workers,
+        model, records, size=size, sigma=args.sigma, batch_size=args.batch_size, workers=args.workers,
         native=args.native, pro=args.pro, each=keep if args.save_maps or args.heatmaps else None, state=state,
         key=dict(**report, images=hashlib.sha256(listing.encode()).hexdigest()), resume=args.resume,
     )  # fmt: skip
-    if not first:
+    if result is None:
         return 0
     scored = zip(records, result["scores"], strict=True)
     rows = [{"path": names[r.path], "class": r.cls, "label": r.label, "score": score} for r, score in scored]
