@@ -152,7 +152,7 @@ def read_dataset(
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}")
+        raise FileNotFoundError(f"{root} is no folder")
     if dataset not in ("auto", *DATASETS) or split not in ("test", "train"):
         raise ValueError(f"dataset is auto, {', '.join(DATASETS)}; split test, train; got {dataset}, {split}")
     indexed = (row for row in LAYOUTS if row.index and (root / row.index).is_file())
@@ -162,14 +162,19 @@ def read_dataset(
     else:
         files = [path.relative_to(root) for path in image_files(root)]
         layout = layout or next((row for row in LAYOUTS if not row.index and fits(row, files)), None)
-        rows, faults = matched(layout, root, files, split) if layout else ([], [])
+        # Whatever lies there would be anomalous without a folder that says what is normal.
+        lacks = layout is None or (layout.names == ("folders",) and not fits(layout, files))
+        rows, faults = ([], []) if lacks else matched(layout, root, files, split)
     if not rows:
         looked = "".join(f"\n  {row.names[0]}: {row.about}" for row in ([layout] if layout else LAYOUTS))
-        raise ValueError(f"{root} holds no {split} images in a known layout; looked for{looked}")
+        there = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+        there = ", ".join(there[:9] + ["..."] * (len(there) > 9))
+        looked = looked.replace("{split}", split)
+        raise ValueError(f"no {split} images in a known layout in {root} ({there}); looked for{looked}")
     masked = {row.cls for row in rows if row.mask}
     for path, cls, _, label, mask, _ in rows:
         if label != 0 and mask is None and (cls in masked or not layout.optional):
-            faults.append(Fault(path, cls, f"{path} is anomalous and has no mask, in {layout.about}"))
+            faults.append(Fault(path, cls, f"{path} is anomalous and has no mask"))
     rows = [row._replace(known=row.cls in masked) for row in rows]
     return layout, sorted(rows, key=lambda row: (row.cls, row.path)), faults
 
@@ -183,6 +188,8 @@ def fits(layout: Layout, files: Sequence[Path]) -> bool:
 def listed(layout: Layout, root: Path, split: str) -> list[Record]:
     """The images that meta.json or VisA's split_csv/1cls.csv lists."""
     path, rows = root / layout.index, []
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -387,9 +394,10 @@ class PixelHistogram:
         self.regions = torch.zeros((), dtype=torch.int64, device=device)
         self.extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=device)  # -min, max
 
-    def update(self, maps: Tensor, masks: Tensor) -> None:
+    def update(self, maps: Tensor | np.ndarray, masks: Tensor | np.ndarray) -> None:
         """maps: float [B, H, W] in [low, high]. masks: the same shape, bool, or 0 and 1: anomalous pixels.
-        Raises ValueError for anything else; a value outside the range is an error, not clipped."""
+        Tensors or arrays. Raises ValueError for anything else, also for a value outside the range."""
+        maps, masks = torch.as_tensor(maps), torch.as_tensor(masks)
         if maps.shape != masks.shape or maps.ndim != 3 or not maps.is_floating_point():
             got = f"{maps.dtype} {list(maps.shape)} and {list(masks.shape)}"
             raise ValueError(f"maps must be float [B, H, W], masks of the same shape; got {got}")
@@ -508,10 +516,13 @@ def load_state(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         run = torch.load(path, weights_only=True)
         old, new = run["key"], fresh["key"]
     except Exception as error:
-        raise ValueError(f"cannot read {path} as the state of a run: {error}") from error
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"cannot read {path} as the state of a run ({cause}): begin without --resume"
+        ) from error
     if differ := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
         told = ", ".join(f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
-        raise ValueError(f"{path} belongs to another run: {told}")
+        raise ValueError(f"{path} belongs to another run: {told}; the same flags, or begin without --resume")
     return run
 
 
@@ -569,6 +580,8 @@ def evaluate(
     loader = iter(DataLoader(Samples(records, size, native), batch_sampler=mine, **options))
     bar = tqdm(total=len(records), unit=" images", disable=rank > 0 or None)
     bar.update(sum(map(len, batches[:done])))
+    if resume and rank == 0:
+        print(f"resumed after {bar.n} of {len(records)} images", flush=True)
     saved, cost = time.monotonic(), 0.01
     while done < len(batches):
         news, failure = [], None
@@ -628,7 +641,7 @@ def table(result: Mapping[str, Any], counts: Mapping[str, int], pro: str) -> str
         cells = ["-" if row[metric] is None else f"{100 * row[metric]:.1f}" for metric in METRICS]
         rows.append([name, str(counts[name] if name in counts else sum(counts.values())), *cells])
     width = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows]
+    lines = [f"{row[0]:{width}}" + "".join(f"{cell:>8}" for cell in row[1:]).rstrip() for row in rows]
     return "\n".join(lines + ["* the published variant, not comparable with AUPRO"] * (pro == "published"))
 
 
@@ -662,12 +675,12 @@ the highest score of each class first.</p>
 
 def page(title: str, text: str, rows: Sequence[Mapping[str, Any]], high: float) -> str:
     """index.html, to lie among the strips."""
-    figures, kinds = [], {0: "normal", 1: "anomalous", None: "unlabelled"}
+    figures, kinds = [], {0: "normal", 1: "anomalous", None: "nothing"}
     rows = sorted(rows, key=lambda row: (row["class"], -row["score"]))
     for cls, group in groupby(rows, itemgetter("class")):
         figures.append(f"<h2>{html.escape(cls)}</h2>")
         for row in group:
-            about = f"{row['score']:.4f} {kinds[row['label']]}, {html.escape(row['path'])}"
+            about = f"score {row['score']:.4f}, labelled {kinds[row['label']]}: {html.escape(row['path'])}"
             source = quote(f"{row['path'].lstrip('/')}.png")
             figures.append(
                 f'<figure><img loading="lazy" src="{source}"><figcaption>{about}</figcaption></figure>'
@@ -679,7 +692,7 @@ def page(title: str, text: str, rows: Sequence[Mapping[str, Any]], high: float) 
 def select(records: Sequence[Record], classes: str | None, limit: int | None) -> list[Record]:
     """Some classes, N images of each, evenly spread so that normal and anomalous ones are among them."""
     names = {record.cls for record in records}
-    chosen = names if classes is None else set(classes.split(","))
+    chosen = names if classes is None else {name.strip() for name in classes.split(",")}
     if unknown := chosen - names:
         raise ValueError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     if limit is not None and limit < 1:
@@ -737,8 +750,11 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
     labels, kinds = [r.label for r in records], {"normal": 0, "anomalous": 1, "unlabelled": None}
     told = ", ".join(f"{labels.count(label)} {kind}" for kind, label in kinds.items() if label in labels)
     if ranks()[0] == 0:
-        print(f"{args.data}: {layout.names[0]} layout, {layout.about}; {args.split} split")
+        name = layout.names[0] if args.dataset == "auto" else args.dataset
+        print(f"{args.data}: layout {name}, {layout.about.replace('{split}', args.split)}")
         print(f"{len(classes)} classes, {len(records)} images: {told}; {len(faults)} files left out")
+        for fault in faults:
+            print(f"  left out: {fault.what}")
     return layout, records, faults
 
 
@@ -787,7 +803,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--resume needs --json or --state")
     for folder in filter(None, (args.save_maps, args.heatmaps)):
         if real(args.data) in (real(folder), *real(folder).parents):
-            raise ValueError(f"{folder} lies in the dataset, whose images would grow: choose another folder")
+            raise ValueError(
+                f"{folder} lies in the dataset and would become part of it: choose another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (args.json, state)):  # now, not after an hour
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"no permission to write {path}")
 
     model, size = load_model(args)
     layout, records, faults = load_data(args)
@@ -808,6 +833,9 @@ def run(args: argparse.Namespace) -> int:
     versions |= {name: version(name) for name in ("numpy", "pillow")}
     report = dict(model=args.model, data=str(args.data), settings=settings, versions=versions)
     listing = repr([(names[r.path], r.cls, r.label, str(r.mask), r.known) for r in records])
+    key = dict(model=args.model, data=str(args.data), **settings, **versions)
+    key |= {name: str(getattr(args, name)) for name in ("save_maps", "heatmaps")}
+    key |= dict(images=hashlib.sha256(listing.encode()).hexdigest())
 
     def keep(record: Record, image: Tensor, heat: Tensor, mask: Tensor | None) -> None:
         name = names[record.path].lstrip("/")
@@ -819,19 +847,26 @@ def run(args: argparse.Namespace) -> int:
             image = to_tensor(record.path) if args.native else image
             write(args.heatmaps / f"{name}.png", strip(image, heat, mask, high))
 
-    result = evaluate(
-        model, records, size=size, sigma=args.sigma, batch_size=args.batch_size, workers=args.workers,
-        native=args.native, pro=args.pro, each=keep if args.save_maps or args.heatmaps else None, state=state,
-        key=dict(**report, images=hashlib.sha256(listing.encode()).hexdigest()), resume=args.resume,
-    )  # fmt: skip
+    begun = time.time()
+    try:
+        result = evaluate(
+            model, records, size=size, sigma=args.sigma, batch_size=args.batch_size, workers=args.workers,
+            native=args.native, pro=args.pro, each=keep if args.save_maps or args.heatmaps else None,
+            state=state, key=key, resume=args.resume,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        saved = state and state.is_file() and (args.resume or state.stat().st_mtime >= begun)
+        hint = f"the same command with --resume goes on from {state}" if saved else "nothing was saved"
+        print(f"evaluate: interrupted; {hint}", file=sys.stderr)
+        return 130
     if result is None:
         return 0
     scored = zip(records, result["scores"], strict=True)
     rows = [{"path": names[r.path], "class": r.cls, "label": r.label, "score": score} for r, score in scored]
     rows.sort(key=itemgetter("path"))
+    text = table(result, counts, args.pro)
     for row in rows if set(labels) == {None} else ():
         print(f"{row['score']:8.4f}  {row['path']}")
-    text = table(result, counts, args.pro)
     print(text)
     if args.heatmaps:
         write(args.heatmaps / "index.html", page(f"{args.model} on {args.data}", text, rows, high).encode())
@@ -840,7 +875,9 @@ def run(args: argparse.Namespace) -> int:
         report |= dict(
             left_out=[fault.what for fault in faults], classes=result["classes"], mean=result["mean"]
         )
-        write(args.json, json.dumps(report | dict(records=rows), indent=2, allow_nan=False).encode())
+        report |= dict(records=rows)
+        write(args.json, json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
+        print(f"json: {args.json}")
     if state:
         state.unlink(missing_ok=True)
     return 0

@@ -635,7 +635,9 @@ def test_a_root_in_no_known_layout_is_told_what_was_looked_for(files, tmp_path, 
     put(tmp_path, files)
     with pytest.raises(ValueError) as error:
         read_dataset(tmp_path)
-    assert str(tmp_path) in str(error.value) and all(x.about in str(error.value) for x in LAYOUTS)
+    assert str(tmp_path) in str(error.value) and all(
+        x.about.replace("{split}", "test") in str(error.value) for x in LAYOUTS
+    )
     assert main(["--data", str(tmp_path), *QUICK]) == 2
     assert str(error.value) in capsys.readouterr().err
 
@@ -893,7 +895,7 @@ def test_numbers_that_a_set_cannot_have_are_dashes(tmp_path, capsys):
             assert all(
                 (value is not None) == (image if "image" in k else pixel) for k, value in numbers.items()
             )
-        mean = capsys.readouterr().out.split("mean")[-1].split()[1:]
+        mean = re.search("^mean.*", capsys.readouterr().out, re.MULTILINE)[0].split()[2:]
         assert [cell == "-" for cell in mean] == [not image] * 3 + [not pixel] * 4
     assert [row["label"] for row in found["records"]] == [None, None]
 
@@ -1012,3 +1014,17 @@ def test_shrink_keeps_nothing_everything_and_its_own_size():
         assert shrink(torch.ones(H, W, dtype=torch.bool), size).all()
         assert shrink(torch.zeros(H, W, dtype=torch.bool), size).shape == size
     assert torch.equal(shrink(torch.from_numpy(BLOB), (H, W)), torch.from_numpy(BLOB))
+
+
+# --- what a new user runs into
+
+
+def test_without_a_normal_folder_nothing_is_called_anomalous(tmp_path):
+    put(tmp_path, {"p1/good/a.png": "L", "p1/bad/b.png": "L", "p2/bad/c.png": "L"})
+    with pytest.raises(ValueError, match="p1/, p2/"):
+        read_dataset(tmp_path, "folders")
+
+
+def test_spaces_around_class_names_do_no_harm(tmp_path):
+    records = read_dataset(replica(tmp_path, "btad")[0])[1]
+    assert {record.cls for record in select(records, " 03, 01", None)} == {"01", "03"}

@@ -122,7 +122,7 @@ def test_the_report_says_how_it_was_made_and_the_table_rounds_it(data, tmp_path,
     for cls, row in [*report["classes"].items(), ("mean", report["mean"])]:
         assert rows[cls][1:] == [f"{100 * row[name]:.1f}" for name in evaluate.METRICS]
     assert rows["nut"][0] == "11" and rows["mean"][0] == "20"
-    assert "PRO*" in printed and "mvtec layout" in printed
+    assert "PRO*" in printed and "layout mvtec" in printed
 
 
 def test_what_a_set_cannot_have_is_a_dash_and_null(data, tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_what_a_set_cannot_have_is_a_dash_and_null(data, tmp_path, capsys):
     report = json.loads(text)
     assert set(report["mean"].values()) == {None} and report["records"][0]["label"] is None
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].split() == ["mean", "3", *"-------"]
+    assert printed.splitlines()[-2].split() == ["mean", "3", *"-------"]
     for record in report["records"]:
         assert f"{record['score']:8.4f}  {record['path']}" in printed
 
@@ -290,11 +290,18 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(data, whole, killed, 
     assert (tmp_path / "r.json").read_bytes() == whole
 
 
-@pytest.mark.parametrize("other", [["--sigma", "3"], ["--limit", "2"], ["--batch-size", "2"], ["--native"]])
-def test_a_state_of_other_settings_is_refused_and_kept(data, killed, tmp_path, other, capsys):
+@pytest.mark.parametrize(
+    "other", [["--sigma", "3"], ["--limit", "2"], ["--batch-size", "2"], ["--heatmaps", "x"]]
+)
+def test_a_state_of_other_settings_is_refused_and_kept(data, killed, tmp_path, other, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "s").write_bytes(killed.read_bytes())
     assert run(data, "--state", tmp_path / "s", "--resume", *other) == 2
-    assert "belongs to another run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "belongs to another run" in said and other[0].strip("-").replace("-", "_") in said or "images" in said
+    )
+    assert "bin_width" not in said  # which did not change
     assert (tmp_path / "s").read_bytes() == killed.read_bytes()
 
 
@@ -306,3 +313,28 @@ def test_without_a_state_resume_begins_and_a_damaged_one_is_an_error(data, whole
     assert run(data, "--resume") == 2
     errors = capsys.readouterr().err
     assert f"cannot read {tmp_path / 's'}" in errors and "--resume needs" in errors
+
+
+def test_ctrl_c_says_whether_anything_was_saved(data, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, tmp_path / "slow.py", "--data", data, *SETTINGS]
+    for more, hint in (([], "nothing was saved"), (["--json", tmp_path / "r.json"], "--resume goes on from")):
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([*map(str, [*command, *more])], env=environment, **options)
+        assert "layout mvtec" in process.stdout.readline()
+        deadline = time.monotonic() + 60
+        while more and not (tmp_path / "r.json.state").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+        assert process.returncode == 130 and hint in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("flag", ["--json", "--state"])
+def test_where_nothing_can_be_written_is_told_before_the_work(data, tmp_path, flag, capsys):
+    assert run(data, flag, tmp_path) == 2
+    assert run(data, "--heatmaps", ROOT / "README.md") == 2
+    found = capsys.readouterr()
+    assert f"{tmp_path} is a folder" in found.err and "README.md" in found.err and not found.out

@@ -849,3 +849,12 @@ def test_a_ranking_of_counts_is_scikit_learns_of_the_scores_they_stand_for(rows)
     want = by_sklearn(truth, values)
     near(ranking(*counts.T), want, 1e-12)
     near(ranking(*counts.T * 10**6), want, 1e-9)  # the counts of a large dataset
+
+
+def test_arrays_are_taken_too():
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((2, 9, 8)), rng.random((2, 9, 8)) > 0.7
+    a, b = PixelHistogram(0, 1), PixelHistogram(0, 1)
+    a.update(maps, masks)
+    b.update(torch.from_numpy(maps), torch.from_numpy(masks))
+    assert torch.equal(a.counts, b.counts) and a.metrics() == b.metrics()

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from visualad import VisualAD
 
@@ -51,16 +48,6 @@ def test_the_mask_is_where_the_picture_changed(defect, monkeypatch):
         near = tiny._blur(mask.astype(np.float32), 4) > 1e-3  # a soft edge may lie just outside
         assert (change & ~near).sum() <= 0.02 * change.sum()
     assert seen >= 4
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2))
-def test_the_reports_metrics_are_scikit_learns(pairs):
-    label, score = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]) / 7
-    label[:2] = True, False
-    area, precision = tiny.auroc_and_ap(label, score)
-    assert area == pytest.approx(roc_auc_score(label, score))
-    assert precision == pytest.approx(average_precision_score(label, score))
 
 
 def test_at_scale_one_the_loss_is_the_authors(golden, monkeypatch):

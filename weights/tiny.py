@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this script lies beside the module, not in it
 from evaluate import PixelHistogram, image_metrics, read, read_dataset  # noqa: E402
+from train import loss_terms  # noqa: E402
 from visualad import (  # noqa: E402
     BACKBONES,
     Output,
@@ -710,6 +710,19 @@ def sample(rng: Rng, size: int) -> tuple[Array, Array]:
     return np.ascontiguousarray(np.broadcast_to(img, (3, size, size)).transpose(1, 2, 0)), mask
 
 
+def paint(rng: Rng, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A normal image, fp32 [3, size, size] in [0, 1], with one to three visible defects, and their mask, bool
+    [size, size], empty where none could be seen. What train.py --synthetic trains on."""
+    img = image.numpy()
+    size = img.shape[-1]
+    scene = Scene(img, _blur(img, size / 8), np.ones((size, size), bool), float(np.ptp(img, axis=0).mean()))
+    mask = np.zeros((size, size), bool)
+    for _ in range(int(rng.choice([1, 2, 3], p=[0.65, 0.22, 0.13]))):
+        scene, more = _spoil(rng, scene, lambda picture: np.clip(picture, 0, 1), img)
+        mask |= more
+    return torch.from_numpy(np.clip(scene.img, 0, 1).astype(np.float32)), torch.from_numpy(mask)
+
+
 # ---- training
 
 
@@ -728,17 +741,9 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def loss(out: Output, mask: torch.Tensor) -> torch.Tensor:
-    """Image, focal, dice and token terms of the paper, its map values multiplied by SCALE."""
-    mask = mask.float()
-    image = F.binary_cross_entropy_with_logits(SCALE * out.score, mask.flatten(1).amax(dim=1))
-    q = (SCALE * out.layer_maps).sigmoid()  # [B, L, H, W]
-    m = mask[:, None].expand_as(q)
-    p = torch.where(m > 0, q, 1 - q).clamp(1e-5, 1)
-    focal = (-((1 - p) ** 2) * p.log()).mean(dim=(0, 2, 3)).sum()
-    overlap, total = (q * m).sum(dim=(2, 3)), (q + m).sum(dim=(2, 3))
-    dice = (1 - (2 * overlap + 1) / (total + 1)).mean(dim=0).sum()
-    token = (F.cosine_similarity(*out.tokens.unbind(1)) + 0.5).clamp(min=0).mean()
-    return image + focal + dice + token
+    """The paper's loss, its map values multiplied by SCALE."""
+    out = out._replace(score=SCALE * out.score, layer_maps=SCALE * out.layer_maps)
+    return loss_terms(out, mask.float(), mask.flatten(1).any(dim=1).float())["total"]
 
 
 def train(images: int, batch: int, lr: float, workers: int, out: Path, held_out: int = 512) -> VisualAD:

@@ -1,0 +1,438 @@
+"""Trains tokens, SCA, SAF and the final norm by the paper's recipe; the backbone stays as it is.
+
+   python train.py --data VISA --backbone clip-vit-l14-336 --protocol paper --out runs/visa
+   python train.py --data my_photos --model tiny --synthetic only --epochs 20 --out runs/mine
+   torchrun --nproc-per-node=8 train.py ...      # the same batches, shared out
+
+1 losses   2 optimiser   3 samples   4 the loop   5 command line
+
+B images of a batch   L tapped layers   H W pixels of the network's input, a square
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from evaluate import (
+    Record,
+    data_flags,
+    evaluate,
+    gather,
+    guarded,
+    load_data,
+    load_state,
+    ranks,
+    read,
+    shrink,
+    table,
+    write,
+)
+from visualad import BACKBONES, Output, VisualAD, find_device, resize
+
+
+# --- 1. losses -------------------------------------------------------------------------------------------
+def loss_terms(
+    output: Output, masks: Tensor, labels: Tensor, counts: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """The paper's loss and its parts: image, pixel = focal + dice, token, total = image + pixel + token.
+
+    output: of `VisualAD.forward`. masks: float [B, H, W], 1 anomalous, 0 normal, NaN everywhere where pixels
+    are unknown: such an image leaves focal and dice. labels: float [B], 1 anomalous, 0 normal.
+    counts: what the sums over images are divided by, the number of all images of the batch and of those
+    with a mask; None: those given. A share of a batch adds up with the others to the loss of the whole.
+    """
+    known = ~masks.isnan().flatten(1).any(dim=1)
+    images, masked = (max(n, 1) for n in (counts or (len(masks), int(known.sum()))))
+    labels = labels.to(output.score)
+    image = F.binary_cross_entropy_with_logits(output.score, labels, reduction="sum") / images
+    token = (F.cosine_similarity(*output.tokens.unbind(1), dim=-1) + 0.5).clamp(min=0).sum() / images
+
+    q, truth = output.layer_maps[known].sigmoid(), masks[known][:, None] > 0.5  # [B, L, H, W], [B, 1, H, W]
+    # The authors clamp one-hot targets to [1e-5, 1 - 1e-5] and add 1e-5: for two classes that is this.
+    p = (1 - 2e-5) * torch.where(truth, q, 1 - q) + 2e-5
+    focal = -((1 - p) ** 2 * p.log()).mean(dim=(2, 3)).sum() / masked
+    overlap, both = (q * truth).sum(dim=(2, 3)), q.sum(dim=(2, 3)) + truth.sum(dim=(2, 3))
+    dice = (1 - (2 * overlap + 1) / (both + 1)).sum() / masked
+    pixel = focal + dice
+    return dict(image=image, pixel=pixel, focal=focal, dice=dice, token=token, total=image + pixel + token)
+
+
+# --- 2. optimiser ----------------------------------------------------------------------------------------
+def param_groups(model: VisualAD, lr: float = 1e-4, token_lr: float = 1e-3) -> list[dict[str, Any]]:
+    """The two tokens, then everything else that is learned, for AdamW."""
+    # The authors' program trains and saves the final norm too, but its test never loads it; here both happen.
+    learned = model.learned()
+    rest = [p for name, p in model.named_parameters() if name in learned and p is not model.tokens]
+    return [dict(params=[model.tokens], lr=token_lr), dict(params=rest, lr=lr)]
+
+
+def token_rate(epoch: int, epochs: int, token_lr: float = 1e-3) -> float:
+    """The tokens' learning rate in an epoch counted from 0: cosine from token_lr towards 1e-4."""
+    return 1e-4 + (token_lr - 1e-4) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def clip_tokens(model: VisualAD) -> None:
+    """Scales the gradient of each token to a norm of at most 1; nothing else is clipped."""
+    gradient = model.tokens.grad
+    gradient.mul_((1 / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
+
+
+# --- 3. samples ------------------------------------------------------------------------------------------
+class Samples(Dataset):
+    """(epoch, i) -> image fp32 [3, H, W], mask float [H, W] (NaN: unknown), label float. What is drawn at
+    random is a function of (seed, epoch, i), so that neither workers nor an interruption change it.
+
+    synthetic: paint procedural defects on every second image that is not anomalous.
+    """
+
+    def __init__(self, records: Sequence[Record], side: int, seed: int = 111, synthetic: bool = False):
+        self.records, self.size, self.seed, self.synthetic = list(records), (side, side), seed, synthetic
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def has_mask(self, i: int) -> bool:
+        record = self.records[i]
+        return record.known or (self.synthetic and not record.label)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
+        epoch, i = key
+        image, mask = read(self.records[i])
+        image, label = resize(image, self.size), float(self.records[i].label or 0)
+        mask = torch.zeros(self.size, dtype=torch.bool) if mask is None else shrink(mask, self.size)
+        rng = np.random.default_rng([self.seed, epoch, i])
+        if self.synthetic and not label and rng.random() < 0.5:
+            from weights.tiny import paint
+
+            image, mask = paint(rng, image)
+            label = float(mask.any())
+        return image, mask.float() if self.has_mask(i) else torch.full(self.size, math.nan), label
+
+
+def batches(n: int, size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The order of an epoch in batches, the last one smaller: a function of (seed, epoch)."""
+    order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
+    return [order[i : i + size] for i in range(0, n, size)]
+
+
+# --- 4. the loop -----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def backbone_in(model: VisualAD, dtype: torch.dtype) -> Iterator[None]:
+    """Runs the frozen backbone, and nothing else, in autocast: its weights stay fp32, and so do tokens, SCA,
+    SAF and losses."""
+    forward, device = model.backbone.forward, model.tokens.device.type
+
+    def cast(*inputs: Any, **options: Any) -> dict[int, Tensor]:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            found = forward(*inputs, **options)
+        return {layer: z.float() for layer, z in found.items()}
+
+    model.backbone.forward = cast
+    try:
+        yield
+    finally:
+        del model.backbone.forward  # an attribute of this instance: the method is back
+
+
+def step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor],
+    counts: tuple[int, int], weight: float = 1.0, accumulate: int = 1,
+) -> dict[str, float]:  # fmt: skip
+    """Gradients of one batch (of this rank's share, times weight, averaged by DistributedDataParallel), then
+    one optimiser step unless the loss is not finite. Returns the loss terms of the whole batch."""
+    parts = list(zip(*(x.tensor_split(min(accumulate, len(x))) for x in batch), strict=True))
+    sums = 0
+    for i, (images, masks, labels) in enumerate(parts):
+        last = i == len(parts) - 1 or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if last else model.no_sync():
+            terms = loss_terms(model(images), masks, labels, counts)
+            (weight * terms["total"]).backward()
+        sums = sums + torch.stack(list(terms.values())).detach().double() * (weight > 0)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    found = dict(zip(terms, sums.tolist(), strict=True))
+    if math.isfinite(found["total"]):
+        clip_tokens(getattr(model, "module", model))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def deaf(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too; the loop ends them in order
+
+
+def fit(
+    model: VisualAD, samples: Samples, out: Path, *, epochs: int = 1, batch_size: int = 8, lr: float = 1e-4,
+    token_lr: float = 1e-3, accumulate: int = 1, dtype: torch.dtype = torch.float32, compiled: bool = False,
+    checkpoint_activations: bool = False, workers: int = 0, save_every: float = 10.0, resume: bool = False,
+    key: Mapping[str, Any] | None = None, each_epoch: Callable[[int], None] | None = None,
+) -> bool:  # fmt: skip
+    """Trains in place; writes log.jsonl, a line a step, and checkpoint.pt every `save_every` minutes, after
+    each epoch and when asked to stop. False when it was: `resume` goes on as if nothing had happened.
+
+    key: refused if the checkpoint has another. each_epoch: called with the epoch, from 1, after each.
+    Raises ValueError where the loss is not finite, naming the images; OSError, the old checkpoint whole.
+    """
+    rank, world = ranks()
+    path, per_epoch = out / "checkpoint.pt", -(-len(samples) // batch_size)
+    optimizer = torch.optim.AdamW(param_groups(model, lr, token_lr), weight_decay=0.01)
+    fresh: dict[str, Any] = dict(key=dict(key or {}), step=0)
+    state = load_state(path, fresh) if resume else fresh
+    if len(set(gather(state["step"]))) > 1:
+        raise ValueError(f"the ranks found different checkpoints: {out} must be one folder for all")
+    if done := state["step"]:
+        model.load_state_dict({**model.state_dict(), **state["learned"]})
+        optimizer.load_state_dict(state["optimizer"])
+    if rank == 0:  # what was logged after the checkpoint will be logged again
+        log = out / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True)[:done] if done else []
+        write(log, "".join(lines).encode())
+
+    def save() -> None:
+        if rank == 0:
+            buffer = io.BytesIO()
+            kept = dict(
+                key=fresh["key"], step=done, learned=model.learned(), optimizer=optimizer.state_dict()
+            )
+            torch.save(kept, buffer)
+            write(path, buffer.getvalue())
+
+    stop: list[int] = []
+
+    def ask(*_: Any) -> None:  # finish the step first; the second time, don't
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(1)
+
+    model.train()
+    for block in model.backbone.blocks if checkpoint_activations else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if compiled:
+        model.patch_maps = torch.compile(model.patch_maps)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    options = dict(num_workers=workers, pin_memory=model.tokens.is_cuda, worker_init_fn=deaf)
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=epochs * len(samples), unit=" images", disable=rank > 0 or None)
+    bar.update(done // per_epoch * len(samples) + done % per_epoch * batch_size)
+    saved = time.monotonic()
+    try:
+        for epoch in range(done // per_epoch, epochs):
+            optimizer.param_groups[0]["lr"] = token_rate(epoch, epochs, token_lr)
+            plan = batches(len(samples), batch_size, samples.seed, epoch)[done % per_epoch :]
+            # A rank with no image in a small last batch computes one with weight 0: the others wait for it.
+            mine = [[(epoch, i) for i in batch[rank::world] or batch[:1]] for batch in plan]
+            for batch, share in zip(plan, DataLoader(samples, batch_sampler=mine, **options), strict=True):
+                # Dropout too is a function of (seed, step, rank): there is no random state to be kept.
+                torch.manual_seed(int(np.random.default_rng([samples.seed, done, rank]).integers(2**63)))
+                share = [x.to(model.tokens.device, torch.float32, non_blocking=True) for x in share]
+                counts = len(batch), sum(map(samples.has_mask, batch))
+                with backbone_in(model, dtype):
+                    terms = step(wrapped, optimizer, share, counts, world * (rank < len(batch)), accumulate)
+                if not math.isfinite(terms["total"]):
+                    names = ", ".join(str(samples.records[i].path) for i in batch)
+                    raise ValueError(f"step {done + 1}: the loss is {terms['total']}; images: {names}")
+                done += 1
+                bar.update(len(batch))
+                bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()}, refresh=False)
+                if rank == 0:
+                    rates = [group["lr"] for group in optimizer.param_groups]
+                    line = dict(step=done, epoch=epoch + 1, token_lr=rates[0], lr=rates[1], **terms)
+                    with open(log, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                due = rank == 0 and time.monotonic() - saved > 60 * save_every
+                told = gather((bool(stop), due))
+                if any(asked for asked, _ in told):
+                    save()
+                    return False
+                if told[0][1]:
+                    save()
+                    saved = time.monotonic()
+            if each_epoch:
+                each_epoch(epoch + 1)
+            save()
+            saved = time.monotonic()
+        return True
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def decide(model: VisualAD, samples: Samples, batch_size: int, workers: int) -> str:
+    """Sets the threshold of best F1 on the images trained on, and a colour scale whose full red one in ten of
+    the anomalous ones reaches. Returns how it was chosen."""
+    rank, world = ranks()
+    found, device = [], model.tokens.device
+    keys = [(0, i) for i in range(rank, len(samples), world)]
+    for images, _, labels in DataLoader(samples, batch_size, sampler=keys, num_workers=workers):
+        maps, scores = model.eval().infer(images.to(device))
+        found += zip(scores.tolist(), labels.tolist(), maps.amax(dim=(1, 2)).tolist(), strict=True)
+    score, label, peak = np.array(sorted(sum(gather(found), []), reverse=True)).T
+    if not 0 < label.sum() < len(label):
+        return "none: normal and anomalous images are both needed to choose one"
+    hits = label.cumsum()
+    f1 = 2 * hits / (np.arange(1, len(label) + 1) + label.sum())
+    f1[:-1][score[:-1] == score[1:]] = 0  # equal scores are flagged together
+    best = int(f1.argmax())
+    value = (score[best] + score[best + 1]) / 2 if best + 1 < len(score) else score[best] - 1e-3
+    made = f"best F1, {f1[best]:.3f}, on the {len(score)} images trained on"
+    size = list(samples.size)
+    model.threshold = dict(value=float(value), size=size, sigma=4.0, made=made)
+    model.display_high = max(float(np.quantile(peak[label == 1], 0.9)), 0.01)
+    return made
+
+
+# --- 5. command line -------------------------------------------------------------------------------------
+FILES = ("checkpoint.pt", "log.jsonl", "eval.jsonl", "model.safetensors", "config.json", "README.md")
+PAPER_EPOCHS = {"visa": 1, "mvtec": 2}
+
+
+def has_bf16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for an error; 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    data_flags(parser)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--backbone", choices=BACKBONES, help="begin with a fresh learned part on this one")
+    start.add_argument("--model", help="begin with this trained one: whatever from_pretrained takes")
+    add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="for the model, its card, log, checkpoint")
+    add("--protocol", choices=("paper",), help="the published settings: VisA 1 epoch, MVTec-AD 2")
+    add("--epochs", type=int, metavar="N", help="(1)")
+    add("--batch-size", type=int, default=8, metavar="N", help="of all ranks together (%(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts a batch is computed in (%(default)s)")
+    add("--size", type=int, metavar="N", help="side of the network's input; default: the backbone's")
+    add("--lr", type=float, default=1e-4, help="of SCA, SAF and norm (%(default)s)")
+    add("--token-lr", type=float, default=1e-3, help="of the tokens, in the first epoch (%(default)s)")
+    add("--seed", type=int, default=111, help="(%(default)s)")
+    add("--synthetic", nargs="?", choices=("mix", "only"), const="mix", help="paint defects on every second "
+        "image that is not anomalous; only: and leave the real anomalous ones out")  # fmt: skip
+    add("--device", default=find_device(), help="(%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen blocks; default: by the hardware")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--checkpoint-activations", action="store_true", help="less memory, more time")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="(%(default)s)")
+    add("--resume", action="store_true", help="go on where the checkpoint in --out ends")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--eval", type=Path, metavar="ROOT", help="score this dataset after each epoch")
+    return guarded("train", run, parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    rank, _ = ranks()
+    for name in ("epochs", "batch_size", "accumulate"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    there = [name for name in FILES if (args.out / name).exists()]
+    if there and not args.resume and not args.overwrite:
+        raise ValueError(f"{args.out} holds {', '.join(there)}: --resume or --overwrite, or another folder")
+    if args.resume and not (args.out / "checkpoint.pt").exists() and there:
+        raise ValueError(f"{args.out} holds {', '.join(there)}, but no checkpoint.pt to resume from")
+    gather(None)  # no rank removes what another has yet to see
+    if rank == 0:
+        stale = [] if args.resume or not args.overwrite else [args.out / name for name in there]
+        for path in [
+            *stale,
+            *args.out.glob(".*.part"),
+        ]:  # and what a kill in the middle of a save left behind
+            path.unlink()
+
+    torch.manual_seed(args.seed)
+    if args.model:
+        model = VisualAD.from_pretrained(args.model, backbone_weights=args.backbone_weights)
+    else:
+        model = VisualAD.from_backbone(args.backbone, args.backbone_weights, image_size=args.size)
+    side, _ = model.input_size(args.size)
+    model.to(args.device)
+    layout, records, faults = load_data(args)
+    epochs = args.epochs or (PAPER_EPOCHS.get(layout.names[0]) if args.protocol else 1)
+    if not epochs:
+        raise ValueError(
+            f"--protocol paper is for {', '.join(PAPER_EPOCHS)}, not {layout.names[0]}: give --epochs"
+        )
+    if args.synthetic == "only":
+        records = [record for record in records if record.label != 1]
+    labels = {record.label for record in records}
+    if not records or (None in labels and not args.synthetic):
+        raise ValueError(
+            "unlabelled images are taken as normal with --synthetic only; --synthetic needs such"
+        )
+    if len(labels) == 1 and not args.synthetic and rank == 0:
+        kind = "anomalous" if 1 in labels else "normal"
+        print(
+            f"train: warning: every image is {kind}; --synthetic paints defects on normal ones",
+            file=sys.stderr,
+        )
+    evaluated = None
+    if args.eval:
+        other = dict(data=args.eval, dataset="auto", split="test", classes=None, limit=None)
+        _, evaluated, _ = load_data(argparse.Namespace(**{**vars(args), **other}))
+
+    samples = Samples(records, side, args.seed, bool(args.synthetic))
+    dtype = args.dtype or ("bfloat16" if has_bf16(args.device) else "float32")
+    chosen = "model backbone batch_size accumulate lr token_lr seed synthetic compile checkpoint_activations"
+    key = {name: getattr(args, name) for name in chosen.split()} | dict(epochs=epochs, side=side, dtype=dtype)
+    listing = [(str(r.path), r.cls, r.label, str(r.mask), r.known) for r in records]
+    key |= dict(data=str(args.data), images=hashlib.sha256(repr(listing).encode()).hexdigest())
+
+    def each_epoch(epoch: int) -> None:
+        options = dict(size=side, batch_size=args.batch_size, workers=args.workers)
+        if evaluated and (result := evaluate(model, evaluated, **options)):
+            print(f"after epoch {epoch}, {args.eval}:")
+            print(table(result, Counter(record.cls for record in evaluated), "exact"), flush=True)
+            with open(args.out / "eval.jsonl", "a") as file:
+                line = dict(epoch=epoch, data=str(args.eval), classes=result["classes"], mean=result["mean"])
+                file.write(json.dumps(line) + "\n")
+
+    finished = fit(
+        model, samples, args.out, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
+        token_lr=args.token_lr, accumulate=args.accumulate, dtype=getattr(torch, dtype),
+        compiled=args.compile, checkpoint_activations=args.checkpoint_activations, workers=args.workers,
+        save_every=args.save_every, resume=args.resume, key=key, each_epoch=each_epoch,
+    )  # fmt: skip
+    if not finished:
+        print("train: stopped and saved; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    made = decide(model, samples, args.batch_size, args.workers)
+    if rank == 0:
+        what = f"{len(records)} images of {args.data.resolve().name}, {epochs} epochs"
+        what += ", procedural defects painted on the normal ones" if args.synthetic else ""
+        model.save_pretrained(
+            args.out, model_card_kwargs=dict(notes=f"Trained on {what}. Threshold: {made}.")
+        )
+        print(f"{args.out}: model.safetensors and its card; threshold {made}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
