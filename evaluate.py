@@ -53,7 +53,7 @@ from visualad import (
     write_atomic,
 )  # fmt: skip
 
-# Without this Intel's library gives other last digits for another number of threads, which torchrun sets.
+# Without this Intel's library gives other last digits for another number of threads, and torchrun sets that.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
@@ -75,6 +75,7 @@ class Layout(NamedTuple):
 STEM, CLS, GOOD = r"(?P<stem>[^/]+)", r"((?P<cls>[^/]+)/)?", "good|ok|normal|no"
 MASK = rf"{CLS}ground_truth/(?P<kind>[^/]+)/(?P<stem>[^/]+?)(_mask)?"
 SPECIES = rf"{CLS}{{split}}/(?P<kind>[^/]+)/{STEM}", MASK
+TRUTH = "ground.?truth|masks?|labels?"  # folders that image-level sets have no use for
 CLASSN, UNGOOD = r"(?P<cls>Class\d+)", "{split}/(?P<kind>good|ungood)/"
 SEGMENTED = ("images", "masks"), ("PNG/Original", "PNG/Ground Truth"), ("Original", "Ground Truth")
 LAYOUTS = (
@@ -116,7 +117,8 @@ LAYOUTS = (
     ),
     Layout(
         ("folders",), "{good,ok,normal,no}/* beside any other folder",
-        (f"({GOOD})/.+", f"(?!({GOOD})/)[^/]+/.+"), ((f"(?P<kind>[^/]+)/(.+/)?{STEM}", None),), GOOD, True,
+        (f"({GOOD})/.+", f"(?!({GOOD}|{TRUTH})/)[^/]+/.+"),
+        ((f"(?P<kind>(?!({TRUTH})/)[^/]+)/(.+/)?{STEM}", f"({TRUTH})/(.+/)?{STEM}"),), GOOD, True,
     ),
     Layout(("images",), "images alone, scored without labels", (), ((STEM, None),), "UNKNOWN", True),
 )  # fmt: skip
@@ -202,13 +204,16 @@ def listed(layout: Layout, root: Path, split: str) -> list[Record]:
                 if row["split"] == split:
                     label = int(row["label"] != "normal")
                     rows.append((row["image"], row["object"], row["label"], label, row["mask"]))
-        records = []
+        records, seen = [], set()
         for image, cls, kind, label, mask in rows:
+            if label not in (0, 1) or image in seen:
+                raise ValueError(f"{image} is listed twice, or its anomaly, {label}, is not 0 or 1")
+            seen.add(image)
             mask = root / mask if mask and label else None
             mask = None if mask and mask.is_dir() else mask  # some generators write the root for "none"
             records.append(Record(root / image, cls, kind, label, mask))
         return records
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path} does not list {split} images as it should: {error!r}") from error
 
 
@@ -238,6 +243,14 @@ def matched(
             named = ", ".join(str(root / mask) for mask in own)
             faults.append(Fault(root / path, cls, f"{root / path} has {len(own)} masks: {named}"))
         rows.append(Record(root / path, cls, kind, label, root / own[0] if own and label != 0 else None))
+    places = {path.parent: cls for path, (cls, *_) in images}
+    taken = {path for path, _ in images} | {path for paths in masks.values() for path in paths}
+    for path in files:  # what lies deeper among the images would otherwise be left out in silence
+        place = next(filter(places.get, path.parents), None)
+        if place and path not in taken and real(root / place) in real(root / path).parents:
+            faults.append(
+                Fault(root / path, places[place], f"{root / path} lies too deep, below {root / place}")
+            )
     if of_masks and (split == "test" or "{split}" in of_masks):  # else these are masks of the other split
         for key in masks.keys() - {key for _, key in images}:
             for path in masks[key]:
@@ -332,8 +345,12 @@ def ranking(anomalous: np.ndarray, normal: np.ndarray) -> dict[str, float | None
         return dict(auroc=None, f1_max=None, ap=None)
     # numpy, not torch: the order of its sums does not depend on the number of threads
     auroc = (normal * (hits - anomalous / 2)).sum() / (hits[-1] * false[-1])
-    ap = (anomalous * hits / (hits + false)).sum() / hits[-1]
-    return dict(auroc=float(auroc), f1_max=float((2 * hits / (hits + false + hits[-1])).max()), ap=float(ap))
+    f1_max, ap = (
+        (2 * hits / (hits + false + hits[-1])).max(),
+        (anomalous * hits / (hits + false)).sum() / hits[-1],
+    )
+    # A sum of parts may exceed the whole by a rounding.
+    return {name: min(1.0, float(x)) for name, x in dict(auroc=auroc, f1_max=f1_max, ap=ap).items()}
 
 
 def image_metrics(labels: Sequence[int], scores: Sequence[float]) -> dict[str, float | None]:
@@ -476,7 +493,7 @@ class PixelHistogram:
             if len(rate) < 2 or rate[0] == rate[-1]:
                 return found
             area = (-np.diff(rate) * (overlap[1:] + overlap[:-1]) / 2).sum() / (rate[0] - rate[-1])
-        return {**found, "aupro": min(1.0, float(area))}  # the parts of a rate may add up to a little more
+        return {**found, "aupro": min(1.0, float(area))}
 
 
 # --- 4. one pass over the images -------------------------------------------------------------------------
@@ -497,6 +514,24 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+class Told(RuntimeError):
+    """Another rank failed, and reports why."""
+
+
+def together(work: Callable[[], Any]) -> list[Any]:
+    """What work() gives on each rank. If it fails on one, that rank raises its error, the others Told."""
+    try:
+        value, failure = work(), None
+    except Exception as error:
+        value, failure = None, error
+    told = gather((value, failure is not None))
+    if failure:
+        raise failure
+    if any(failed for _, failed in told):
+        raise Told
+    return [value for value, _ in told]
+
+
 def collect(histogram: PixelHistogram) -> PixelHistogram:
     """The histograms of all ranks, added up on rank 0; an empty one on the others."""
     if dist.is_initialized():
@@ -513,7 +548,7 @@ def load_state(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return fresh
     try:
-        run = torch.load(path, weights_only=True)
+        run = torch.load(path, map_location="cpu", weights_only=True)
         old, new = run["key"], fresh["key"]
     except Exception as error:
         cause = str(error).partition("\n")[0] or type(error).__name__
@@ -538,33 +573,35 @@ def evaluate(
     size, sigma: as for `VisualAD.predict`. workers: processes that decode. native: compare pixels at each
     image's own size. pro, bins: of `PixelHistogram`. each: called with record, image [3, H, W] at the input
     size, map [H, W], and mask [H, W] or None. state: where the run is kept as it goes, and whence `resume`
-    takes it up if it is there. Raises ValueError as `infer` does and for a state with another key.
+    takes it up if it is there. Raises ValueError as `infer` does and for a state with another key; Told.
     """
     size, device = model.input_size(size), model.tokens.device
     rank, world = ranks()
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, record in enumerate(records):
+        members[record.cls].append(i)
     batches, spans = [], {}  # a batch has one class, so that each can be closed and its histogram dropped
-
-    def class_of(i: int) -> str:
-        return records[i].cls
-
-    for cls, group in groupby(sorted(range(len(records)), key=class_of), class_of):
-        members, begin = list(group), len(batches)
-        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-        spans[cls] = begin, len(batches), members
+    for cls, indices in members.items():
+        begin = len(batches)
+        batches += [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        spans[cls] = begin, len(batches)
     run: dict[str, Any] = dict(key=dict(key or {}), done=0, scores=[None] * len(records), classes={}, open={})
-    if resume and state and rank == 0:
-        run = load_state(state, run)
-    done, scores, classes = gather(run["done"])[0], run["scores"], run["classes"]
+    run = together(lambda: load_state(state, run) if resume and state and rank == 0 else run)[0]
+    done, scores, classes = run["done"], run["scores"], run["classes"]
     reach, place = 2.0 * len(model.layers), "cpu" if device.type == "mps" else device  # mps has no fp64
     histograms = defaultdict(lambda: PixelHistogram(-reach, reach, bins, place))
-    histograms |= {cls: PixelHistogram.from_state(part, place) for cls, part in run["open"].items()}
+    if rank == 0:
+        histograms |= {cls: PixelHistogram.from_state(part, place) for cls, part in run["open"].items()}
 
     def score(index: tuple, images: Tensor, masks: tuple, own: tuple) -> list[tuple[int, float]]:
-        maps, found = model.infer(images.to(device, non_blocking=True), sigma)
+        lone = len(images) == 1 and device.type == "cpu"  # its last digits would depend on the threads
+        inputs = images.expand(2, -1, -1, -1) if lone else images.to(device, non_blocking=True)
+        maps, found = (x[: len(index)] for x in model.infer(inputs, sigma))
         if not found.isfinite().all():
             raise ValueError("scores are not finite: damaged weights, or a dtype too narrow for them")
-        own = own if native else ()
-        parts = [upsample(m[None, None], to)[0] for m, to in zip(maps, own, strict=False)] or [maps]
+        parts = [maps]
+        if native:
+            parts = [upsample(m[None, None], to)[0] for m, to in zip(maps, own, strict=True)]
         if masks[0] is not None:
             truths = [mask[None] for mask in masks] if native else [torch.stack(masks)]
             for part, truth in zip(parts, truths, strict=True):
@@ -578,36 +615,31 @@ def evaluate(
     mine = batches[done + rank :: world]
     options = dict(num_workers=min(workers, len(mine)), pin_memory=device.type == "cuda", collate_fn=collate)
     loader = iter(DataLoader(Samples(records, size, native), batch_sampler=mine, **options))
-    bar = tqdm(total=len(records), unit=" images", disable=rank > 0 or None)
-    bar.update(sum(map(len, batches[:done])))
-    if resume and rank == 0:
-        print(f"resumed after {bar.n} of {len(records)} images", flush=True)
+    passed = sum(map(len, batches[:done]))
+    bar = tqdm(total=len(records), initial=passed, unit=" images", disable=rank > 0 or None)
+    if passed and rank == 0:
+        tqdm.write(f"{state}: {passed} of {len(records)} images are done")
     saved, cost = time.monotonic(), 0.01
+
+    def work() -> tuple[list[tuple[int, float]], bool]:
+        news = score(*next(loader)) if done + rank < len(batches) else []
+        return news, state is not None and time.monotonic() - saved > 20 * cost  # a twentieth of the time
+
     while done < len(batches):
-        news, failure = [], None
-        try:
-            if done + rank < len(batches):
-                news = score(*next(loader))
-        except Exception as error:
-            failure = error
-        due = state is not None and time.monotonic() - saved > 20 * cost  # a twentieth of the time goes there
-        told = gather((news, failure is not None, due))
-        if failure:
-            raise failure
-        if any(failed for _, failed, _ in told):
-            sys.exit(2)  # the rank that failed says why
-        due, before, done = told[0][2], done, min(done + world, len(batches))
-        for i, value in (pair for pairs, *_ in told for pair in pairs):
+        told = together(work)
+        due = told[0][1]  # rank 0 decides for all
+        before, done = done, min(done + world, len(batches))
+        for i, value in (pair for pairs, _ in told for pair in pairs):
             scores[i] = value
             bar.update()
-        for cls, (begin, end, members) in spans.items():
+        for cls, (begin, end) in spans.items():
             if begin < done and before < end and (due or end <= done):
-                known = records[members[0]].known
+                own, known = members[cls], records[members[cls][0]].known
                 if known:
                     histograms[cls] = collect(histograms[cls])
                 if end <= done:
                     pixels = histograms.pop(cls).metrics(pro) if known else {}
-                    labels, values = [records[i].label for i in members], [scores[i] for i in members]
+                    labels, values = [records[i].label for i in own], [scores[i] for i in own]
                     images = {} if rank or None in labels else image_metrics(labels, values)
                     classes[cls] = dict.fromkeys(METRICS) | {f"image_{name}": x for name, x in images.items()}
                     classes[cls] |= {f"pixel_{name}": x for name, x in pixels.items()}
@@ -615,7 +647,7 @@ def evaluate(
             begun, buffer = time.monotonic(), io.BytesIO()
             parts = {cls: histogram.state() for cls, histogram in histograms.items()}
             torch.save(dict(key=run["key"], done=done, scores=scores, classes=classes, open=parts), buffer)
-            write(state, buffer.getvalue())
+            write_atomic(state, buffer.getvalue())
             saved = time.monotonic()
             cost = saved - begun
     bar.close()
@@ -626,20 +658,16 @@ def evaluate(
     return dict(classes=classes, mean=mean, scores=scores)
 
 
-def write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
-
-
 # --- 5. command line -------------------------------------------------------------------------------------
 def table(result: Mapping[str, Any], counts: Mapping[str, int], pro: str) -> str:
     """In percent; "-" where a class cannot have the number."""
     head = ["class", "images", "AUROC", "F1-max", "AP", "AUROC", "F1-max", "AP", "AUPRO"]
     head[-1] = "PRO*" if pro == "published" else head[-1]
     rows = [["", "", "image", "", "", "pixel", "", "", ""], head]
-    for name, row in [*result["classes"].items(), ("mean", result["mean"])]:
+    total = ("mean", sum(counts.values()), result["mean"])
+    for name, count, row in [*((cls, counts[cls], row) for cls, row in result["classes"].items()), total]:
         cells = ["-" if row[metric] is None else f"{100 * row[metric]:.1f}" for metric in METRICS]
-        rows.append([name, str(counts[name] if name in counts else sum(counts.values())), *cells])
+        rows.append([name, str(count), *cells])
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:{width}}" + "".join(f"{cell:>8}" for cell in row[1:]).rstrip() for row in rows]
     return "\n".join(lines + ["* the published variant, not comparable with AUPRO"] * (pro == "published"))
@@ -649,6 +677,11 @@ def name_of(path: Path, root: Path) -> str:
     """An image's path from the dataset's root; its whole path if it lies elsewhere."""
     path, root = (Path(os.path.normpath(p.absolute())) for p in (path, root))
     return (path.relative_to(root) if root in path.parents else path).as_posix()
+
+
+def inside(name: str) -> str:
+    """That name as a path that stays below a folder, also one that began with / or a drive."""
+    return name.replace(":", "").lstrip("/")
 
 
 def strip(image: Tensor, heat: Tensor, mask: Tensor | None, high: float) -> bytes:
@@ -675,13 +708,13 @@ the highest score of each class first.</p>
 
 def page(title: str, text: str, rows: Sequence[Mapping[str, Any]], high: float) -> str:
     """index.html, to lie among the strips."""
-    figures, kinds = [], {0: "normal", 1: "anomalous", None: "nothing"}
+    figures = []
     rows = sorted(rows, key=lambda row: (row["class"], -row["score"]))
     for cls, group in groupby(rows, itemgetter("class")):
         figures.append(f"<h2>{html.escape(cls)}</h2>")
         for row in group:
-            about = f"score {row['score']:.4f}, labelled {kinds[row['label']]}: {html.escape(row['path'])}"
-            source = quote(f"{row['path'].lstrip('/')}.png")
+            about = f"score {row['score']:.4f}, label {row['label']}: {html.escape(row['path'])}"
+            source = quote(os.fsencode(f"{inside(row['path'])}.png"))
             figures.append(
                 f'<figure><img loading="lazy" src="{source}"><figcaption>{about}</figcaption></figure>'
             )
@@ -712,12 +745,15 @@ def checked(
     one ValueError that names them; with `skip`, leaves their records out instead."""
     rank, world = ranks()
     mine, hide = records[rank::world], rank > 0 or None
-    shares = gather(list(tqdm(ahead(examine, mine, 64), "checking", len(mine), leave=False, disable=hide)))
+    bar = tqdm(ahead(examine, mine, 64), "checking", len(mine), leave=False, disable=hide)
+    shares = together(lambda: list(bar))
     examined = [shares[i % world][i // world] for i in range(len(records))]
     known = {fault.path for fault in faults}
     more = [Fault(r.path, r.cls, what) for r, what in examined if what and r.path not in known]
     faults = [*faults, *more]
     if faults and not skip:
+        if rank:
+            raise Told
         named = "".join(f"\n  {fault.what}" for fault in faults)
         raise ValueError(f"{len(faults)} files cannot be used (--skip-bad goes on without them):{named}")
     bad = {fault.path for fault in faults}
@@ -778,14 +814,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(name: str, program: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Runs a program with the ranks that torchrun started, if it did, and its errors as one line each."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
     try:
         if args.device == "cuda":
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(args.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
         return program(args)
+    except Told:
+        return 2
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        what = str(error).strip()
+        what = what.splitlines()[-1] if what.startswith("Caught ") else what  # in a worker, with a traceback
+        print(f"{name}: error: {what}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -807,6 +850,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{folder} lies in the dataset and would become part of it: choose another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
+    if args.json and real(args.json) == real(state):
+        raise ValueError(f"--json and --state must be two files, got {state}")
     for path in filter(None, (args.json, state)):  # now, not after an hour
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file")
@@ -822,8 +867,8 @@ def run(args: argparse.Namespace) -> int:
     reach, high = 2.0 * len(model.layers), model.display_high or len(model.layers)
     histogram = PixelHistogram(-reach, reach)
     digest = hashlib.sha256()
-    for tensor in model.learned().values():
-        digest.update(tensor.cpu().numpy().tobytes())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     chosen = "split classes limit skip_bad sigma batch_size dtype final_norm native pro".split()
     settings = dict(dataset=layout.names[0], size=list(size), device=model.tokens.device.type)
     settings |= {name: getattr(args, name) for name in chosen} | dict(weights_sha256=digest.hexdigest())
@@ -838,14 +883,14 @@ def run(args: argparse.Namespace) -> int:
     key |= dict(images=hashlib.sha256(listing.encode()).hexdigest())
 
     def keep(record: Record, image: Tensor, heat: Tensor, mask: Tensor | None) -> None:
-        name = names[record.path].lstrip("/")
+        name = inside(names[record.path])
         if args.save_maps:
             array = io.BytesIO()
             np.save(array, heat.numpy())
-            write(args.save_maps / f"{name}.npy", array.getvalue())
+            write_atomic(args.save_maps / f"{name}.npy", array.getvalue())
         if args.heatmaps:
             image = to_tensor(record.path) if args.native else image
-            write(args.heatmaps / f"{name}.png", strip(image, heat, mask, high))
+            write_atomic(args.heatmaps / f"{name}.png", strip(image, heat, mask, high))
 
     begun = time.time()
     try:
@@ -862,22 +907,24 @@ def run(args: argparse.Namespace) -> int:
     if result is None:
         return 0
     scored = zip(records, result["scores"], strict=True)
-    rows = [{"path": names[r.path], "class": r.cls, "label": r.label, "score": score} for r, score in scored]
+    rows = [
+        {"path": names[r.path], "class": r.cls, "kind": r.kind, "label": r.label, "score": score}
+        for r, score in scored
+    ]
     rows.sort(key=itemgetter("path"))
     text = table(result, counts, args.pro)
+    if args.json:
+        report |= dict(left_out=[fault.what for fault in faults])
+        report |= dict(classes=result["classes"], mean=result["mean"], records=rows)
+        write_atomic(args.json, json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
+    if args.heatmaps:
+        index = page(f"{args.model} on {args.data}", text, rows, high)
+        write_atomic(args.heatmaps / "index.html", index.encode(errors="backslashreplace"))
     for row in rows if set(labels) == {None} else ():
         print(f"{row['score']:8.4f}  {row['path']}")
     print(text)
-    if args.heatmaps:
-        write(args.heatmaps / "index.html", page(f"{args.model} on {args.data}", text, rows, high).encode())
-        print(f"heatmaps: {args.heatmaps / 'index.html'}")
-    if args.json:
-        report |= dict(
-            left_out=[fault.what for fault in faults], classes=result["classes"], mean=result["mean"]
-        )
-        report |= dict(records=rows)
-        write(args.json, json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
-        print(f"json: {args.json}")
+    for path in filter(None, (args.json, args.heatmaps and args.heatmaps / "index.html", args.save_maps)):
+        print(f"written: {path}")
     if state:
         state.unlink(missing_ok=True)
     return 0

@@ -48,9 +48,8 @@ from evaluate import (
     read,
     shrink,
     table,
-    write,
 )
-from visualad import BACKBONES, Output, VisualAD, find_device, resize
+from visualad import BACKBONES, Output, VisualAD, find_device, resize, write_atomic
 
 
 # --- 1. losses -------------------------------------------------------------------------------------------
@@ -210,7 +209,7 @@ def fit(
     if rank == 0:  # what was logged after the checkpoint will be logged again
         log = out / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True)[:done] if done else []
-        write(log, "".join(lines).encode())
+        write_atomic(log, "".join(lines).encode())
 
     def save() -> None:
         if rank == 0:
@@ -219,7 +218,7 @@ def fit(
                 key=fresh["key"], step=done, learned=model.learned(), optimizer=optimizer.state_dict()
             )
             torch.save(kept, buffer)
-            write(path, buffer.getvalue())
+            write_atomic(path, buffer.getvalue())
 
     stop: list[int] = []
 

@@ -462,7 +462,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0]
+        cause = str(error).strip().partition("\n")[0].partition(" This file can still be loaded")[0]
         if "TorchScript" in cause:
             cause = "OpenAI's TorchScript archives need code to be read; take open_clip_model.safetensors of "
             cause += "timm/vit_large_patch14_clip_336.openai on Hugging Face, which holds the same weights"
@@ -516,7 +516,8 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Whole or not at all: written beside the target, synced, renamed."""
+    """Whole or not at all: written beside the target, synced, renamed. Makes missing folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -786,7 +787,6 @@ class VisualAD(VisualAD):
         from safetensors.torch import save
 
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {**(config or {}), **self.config()}
         state = self.learned() if self.backbone.cfg.repo else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
@@ -1161,7 +1161,6 @@ def run(args: argparse.Namespace) -> int:
     results = tqdm(model.predict_iter(readable(), **settings), total=len(files), disable=None, leave=False)
     for score, heat, anomalous in results:
         path, image = read.popleft()
-        files[path].parent.mkdir(parents=True, exist_ok=True)
         png = io.BytesIO()
         overlay(image, heat, high=high).save(png, "PNG", compress_level=1)
         write_atomic(files[path], png.getvalue())
@@ -1179,7 +1178,6 @@ def run(args: argparse.Namespace) -> int:
         settings |= dict(threshold=model.threshold, display_high=high, final_norm=args.final_norm)
         settings |= dict(device=args.device, dtype=args.dtype)
         report = dict(model=args.model, settings=settings, images=images, errors=errors)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.json, json.dumps(report, indent=2).encode())
     return 1 if errors else 0
 

@@ -1028,3 +1028,30 @@ def test_without_a_normal_folder_nothing_is_called_anomalous(tmp_path):
 def test_spaces_around_class_names_do_no_harm(tmp_path):
     records = read_dataset(replica(tmp_path, "btad")[0])[1]
     assert {record.cls for record in select(records, " 03, 01", None)} == {"01", "03"}
+
+
+def test_what_lies_too_deep_is_named_and_not_left_out_in_silence(tmp_path):
+    for name, deep in (("mvtec", "{}/deeper/x.png"), ("kvasir", "images/deeper/x.png")):
+        root, _ = replica(tmp_path, name)
+        place = Path(read_dataset(root)[1][0].path).parent.relative_to(root).as_posix()
+        put(root, {deep.format(place): "L"})
+        faults = read_dataset(root)[2]
+        assert [fault.path.name for fault in faults] == ["x.png"] and "too deep" in faults[0].what
+    put(tmp_path / "bare", {"a.png": "L", "sub/b.png": "L"})
+    assert [fault.path.name for fault in read_dataset(tmp_path / "bare", "images")[2]] == ["b.png"]
+
+
+def test_masks_beside_good_and_bad_are_no_anomalous_images(tmp_path):
+    put(tmp_path, {"good/a.png": "L", "bad/b.png": "L", "Ground_Truth/bad/b.png": "mask L"})
+    _, records, faults = read_dataset(tmp_path)
+    assert [(record.kind, record.label) for record in records] == [("bad", 1), ("good", 0)]
+    assert [fault.path.parent.name for fault in faults] == ["bad"] and "mask" in faults[0].what
+
+
+@pytest.mark.parametrize(("twice", "anomaly"), [(True, 0), (False, 2)])
+def test_meta_json_lists_each_image_once_with_a_label(tmp_path, twice, anomaly):
+    put(tmp_path, {"a.png": "L"})
+    entry = dict(img_path="a.png", mask_path="", cls_name="c", specie_name="good", anomaly=anomaly)
+    (tmp_path / "meta.json").write_text(json.dumps({"test": {"c": [entry] * (1 + twice)}}))
+    with pytest.raises(ValueError, match="a.png is listed twice"):
+        read_dataset(tmp_path)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,13 +201,16 @@ def ranks(n: int, *command: object) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_any_number_of_ranks_gives_the_same_digits(data, whole, tmp_path, n):
-    arguments = ["--data", data, *SETTINGS, "--json", tmp_path / "r.json", "--heatmaps", tmp_path / "out"]
-    done = ranks(n, ROOT / "evaluate.py", *arguments)
+@pytest.mark.parametrize(
+    ("n", "more"), [(2, ["--batch-size", 1, "--size", 256]), (3, ["--pro", "published", "--native"])]
+)
+def test_any_number_of_ranks_gives_the_same_digits(data, tmp_path, n, more):
+    arguments = ["--data", data, *SETTINGS, *more, "--heatmaps", tmp_path / "out", "--json"]
+    assert evaluate.main([*map(str, arguments), str(tmp_path / "one.json")]) == 0
+    done = ranks(n, ROOT / "evaluate.py", *arguments, tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "r.json").read_bytes() == whole
-    assert done.stdout.count("AUPRO") == 1
+    assert (tmp_path / "r.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert len(re.findall("^mean", done.stdout, re.MULTILINE)) == 1
     assert len(list((tmp_path / "out").rglob("*.png"))) == 20
 
 
@@ -228,7 +232,7 @@ def test_the_failure_of_one_rank_ends_all_with_its_error(data, tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
     done = ranks(2, tmp_path / "fails.py", "--data", data, *SETTINGS, "--json", tmp_path / "r.json")
     assert done.returncode != 0 and not (tmp_path / "r.json").exists()
-    assert done.stderr.count("evaluate: error: the disk is gone") == 1
+    assert done.stderr.count("evaluate: error: the disk is gone") == done.stderr.count("evaluate: error") == 1
 
 
 def test_bad_files_are_named_whichever_rank_reads_them(data, tmp_path):
@@ -238,17 +242,25 @@ def test_bad_files_are_named_whichever_rank_reads_them(data, tmp_path):
     done = ranks(2, ROOT / "evaluate.py", "--data", tmp_path, *SETTINGS)
     assert done.returncode != 0
     assert all(f"bad{i}.png" in done.stderr for i in range(3)) and "3 files" in done.stderr
+    assert done.stderr.count("evaluate: error") == 1
 
 
 # --- interrupted
 
 SLOW = """
-import sys, time
+import os, sys, time
 import evaluate
 from visualad import VisualAD
 
+calls, parent = [], os.getppid()
+
 def slow(self, *inputs, infer=VisualAD.infer):
-    time.sleep(1)
+    calls.append(0)
+    time.sleep(0.3)
+    while len(calls) > 2:
+        if os.getppid() != parent:  # killed
+            os._exit(1)
+        time.sleep(0.1)
     return infer(self, *inputs)
 
 VisualAD.infer = slow
@@ -256,20 +268,32 @@ sys.exit(evaluate.main(sys.argv[1:]))
 """
 
 
+def stopped(folder, n: int, *arguments: object):
+    """The state that n ranks left which were killed in the middle of the first class."""
+    (folder / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    command = [
+        *(command if n > 1 else command[:1]),
+        folder / "slow.py",
+        *arguments,
+        "--json",
+        folder / "r.json",
+    ]
+    environment, state = {**os.environ, "PYTHONPATH": str(ROOT)}, folder / "r.json.state"
+    process = subprocess.Popen([*map(str, command)], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not state.exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    found = torch.load(state)
+    assert 0 < found["done"] < 6 and found["open"] and not (folder / "r.json").exists()
+    return state
+
+
 @pytest.fixture(scope="module")
 def killed(data, tmp_path_factory):
-    """A state file that a killed run left, in the middle of a class."""
-    folder = tmp_path_factory.mktemp("killed")
-    (folder / "slow.py").write_text(SLOW)
-    command = [sys.executable, folder / "slow.py", "--data", data, *SETTINGS, "--json", folder / "r.json"]
-    process = subprocess.Popen([*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    state, deadline = folder / "r.json.state", time.monotonic() + 120
-    while time.monotonic() < deadline and not (state.exists() and torch.load(state)["done"] % 3):
-        time.sleep(0.05)  # 3 batches of each class
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(state)["done"] in (1, 2, 4, 5) and not (folder / "r.json").exists()
-    return state
+    return stopped(tmp_path_factory.mktemp("killed"), 1, "--data", data, *SETTINGS)
 
 
 def test_a_killed_run_goes_on_to_the_identical_report(data, whole, killed, tmp_path, monkeypatch):
@@ -281,12 +305,37 @@ def test_a_killed_run_goes_on_to_the_identical_report(data, whole, killed, tmp_p
     assert len(calls) == 6 - torch.load(killed)["done"]  # 3 batches of each class
 
 
-def test_a_killed_run_goes_on_with_another_number_of_ranks(data, whole, killed, tmp_path):
-    (tmp_path / "r.json.state").write_bytes(killed.read_bytes())
-    done = ranks(
-        2, ROOT / "evaluate.py", "--data", data, *SETTINGS, "--json", tmp_path / "r.json", "--resume"
-    )
+def test_a_state_on_rank_0_that_cannot_be_read_ends_all_with_one_message(data, tmp_path):
+    (tmp_path / "s").write_bytes(b"damaged")
+    done = ranks(2, ROOT / "evaluate.py", "--data", data, *SETTINGS, "--state", tmp_path / "s", "--resume")
+    assert done.returncode != 0 and done.stderr.count("evaluate: error") == 1
+    assert f"cannot read {tmp_path / 's'}" in done.stderr
+
+
+def test_other_images_or_weights_are_another_run(data, killed, tmp_path, capsys):
+    (tmp_path / "s").write_bytes(killed.read_bytes())
+    model = VisualAD.from_pretrained("tiny")
+    model.backbone.blocks[0].fc1.bias.data += 1e-3
+    model.save_pretrained(tmp_path / "tiny2")
+    arguments = ["--state", str(tmp_path / "s"), "--resume"]
+    run(data, *arguments, "--model", tmp_path / "tiny2")
+    assert "weights_sha256" in capsys.readouterr().err
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    (copy / "nut" / "test" / "good" / "000.png").rename(copy / "nut" / "test" / "good" / "new.png")
+    run(copy, *arguments)
+    assert "images '" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3)])
+def test_a_killed_run_goes_on_with_another_number_of_ranks(data, whole, tmp_path, before, after):
+    arguments = ["--data", data, *SETTINGS, "--batch-size", 2]
+    assert evaluate.main([*map(str, arguments), "--json", str(tmp_path / "whole.json")]) == 0
+    whole, state = (tmp_path / "whole.json").read_bytes(), stopped(tmp_path, before, *arguments)
+    assert torch.load(state)["done"] % before == 0
+    done = ranks(after, ROOT / "evaluate.py", *arguments, "--json", tmp_path / "r.json", "--resume")
     assert done.returncode == 0, done.stderr
+    assert "images are done" in done.stdout
     assert (tmp_path / "r.json").read_bytes() == whole
 
 
@@ -330,6 +379,22 @@ def test_ctrl_c_says_whether_anything_was_saved(data, tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
         assert process.returncode == 130 and hint in said and "Traceback" not in said, said
+
+
+def test_the_report_and_its_state_are_two_files(data, tmp_path, capsys):
+    assert run(data, "--json", tmp_path / "r", "--state", tmp_path / "r") == 2
+    assert "two files" in capsys.readouterr().err
+
+
+def test_names_that_a_terminal_cannot_write_stop_nothing(tmp_path):
+    for kind in ("good", "bad"):
+        (tmp_path / "é" / kind).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "é" / kind / "ü.png")
+    command = [ROOT / "evaluate.py", "--data", tmp_path / "é", *SETTINGS, "--json", tmp_path / "r.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["records"][0]["path"] == "bad/ü.png"
 
 
 @pytest.mark.parametrize("flag", ["--json", "--state"])
