@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def clone(tmp_path_factory):
     """What a clone holds for its user, in another folder."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("visualad.py", "hubconf.py", "evaluate.py"):
+    for name in ("visualad.py", "hubconf.py", "evaluate.py", "train.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("examples", "weights"):
         shutil.copytree(ROOT / name, folder / name)
@@ -66,7 +66,8 @@ def test_nothing_is_left_to_fill_in():
 def test_files_and_names_that_are_mentioned_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for program, begin in (("visualad.py", "IMAGE_OR_FOLDER"), ("evaluate.py", "--data ROOT [")):
+    begins = {"visualad.py": "IMAGE_OR_FOLDER", "evaluate.py": "--data ROOT [", "train.py": "--data ROOT ("}
+    for program, begin in begins.items():
         shown = begin + README.partition(f"python {program} {begin}")[2].partition("```")[0]
         printed = run([sys.executable, program, "--help"], ROOT)
         flags = (set(re.findall(r"--[a-z-]+", text)) for text in (shown, printed))
@@ -82,3 +83,11 @@ def test_every_benchmark_has_its_command():
     assert {name for _, _, name in commands} | others == evaluate.DATASETS.keys()
     table = README.partition("| `--dataset` |")[2].partition("\n\n")[0]
     assert evaluate.DATASETS.keys() <= set(re.findall(r"`([\w.-]+)`", table))
+
+
+def test_the_commands_for_ones_own_product_run_on_photos(clone):
+    shutil.copytree(clone / "examples" / "normal", clone / "my_photos")
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "my_photos" in b)
+    for line in block.splitlines():
+        run([sys.executable, *line.split()[1:]], clone)
+    assert visualad.VisualAD.from_pretrained(clone / "runs" / "mine").threshold
