@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from evaluate import (
     Record,
+    Told,
     data_flags,
     evaluate,
     gather,
@@ -138,22 +139,25 @@ def batches(n: int, size: int, seed: int, epoch: int) -> list[list[int]]:
 
 
 # --- 4. the loop -----------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def backbone_in(model: VisualAD, dtype: torch.dtype) -> Iterator[None]:
-    """Runs the frozen backbone, and nothing else, in autocast: its weights stay fp32, and so do tokens, SCA,
-    SAF and losses."""
-    forward, device = model.backbone.forward, model.tokens.device.type
+class BackboneIn:
+    """`with BackboneIn(model, dtype):` runs the frozen backbone, and nothing else, in autocast: its weights
+    stay fp32, and so do tokens, SCA, SAF and losses. One object a run: what is compiled sees one forward."""
 
-    def cast(*inputs: Any, **options: Any) -> dict[int, Tensor]:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            found = forward(*inputs, **options)
-        return {layer: z.float() for layer, z in found.items()}
+    def __init__(self, model: VisualAD, dtype: torch.dtype):
+        forward, device = model.backbone.forward, model.tokens.device.type
 
-    model.backbone.forward = cast
-    try:
-        yield
-    finally:
-        del model.backbone.forward  # an attribute of this instance: the method is back
+        def cast(*inputs: Any, **options: Any) -> dict[int, Tensor]:
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                found = forward(*inputs, **options)
+            return {layer: z.float() for layer, z in found.items()}
+
+        self.backbone, self.cast = model.backbone, cast
+
+    def __enter__(self) -> None:
+        self.backbone.forward = self.cast
+
+    def __exit__(self, *_: Any) -> None:
+        del self.backbone.forward  # an attribute of this instance: the method is back
 
 
 def step(
@@ -232,11 +236,11 @@ def fit(
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if compiled:
         model.patch_maps = torch.compile(model.patch_maps)
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    wrapped, cast = DistributedDataParallel(model) if world > 1 else model, BackboneIn(model, dtype)
     options = dict(num_workers=workers, pin_memory=model.tokens.is_cuda, worker_init_fn=deaf)
     handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=epochs * len(samples), unit=" images", disable=rank > 0 or None)
-    bar.update(done // per_epoch * len(samples) + done % per_epoch * batch_size)
+    passed = done // per_epoch * len(samples) + done % per_epoch * batch_size
+    bar = tqdm(total=epochs * len(samples), initial=passed, unit=" images", disable=rank > 0 or None)
     saved = time.monotonic()
     try:
         for epoch in range(done // per_epoch, epochs):
@@ -249,9 +253,11 @@ def fit(
                 torch.manual_seed(int(np.random.default_rng([samples.seed, done, rank]).integers(2**63)))
                 share = [x.to(model.tokens.device, torch.float32, non_blocking=True) for x in share]
                 counts = len(batch), sum(map(samples.has_mask, batch))
-                with backbone_in(model, dtype):
+                with cast:
                     terms = step(wrapped, optimizer, share, counts, world * (rank < len(batch)), accumulate)
                 if not math.isfinite(terms["total"]):
+                    if rank:
+                        raise Told
                     names = ", ".join(str(samples.records[i].path) for i in batch)
                     raise ValueError(f"step {done + 1}: the loss is {terms['total']}; images: {names}")
                 done += 1
@@ -409,9 +415,13 @@ def run(args: argparse.Namespace) -> int:
         if evaluated and (result := evaluate(model, evaluated, **options)):
             print(f"after epoch {epoch}, {args.eval}:")
             print(table(result, Counter(record.cls for record in evaluated), "exact"), flush=True)
-            with open(args.out / "eval.jsonl", "a") as file:
-                line = dict(epoch=epoch, data=str(args.eval), classes=result["classes"], mean=result["mean"])
-                file.write(json.dumps(line) + "\n")
+            scored, old = args.out / "eval.jsonl", []
+            if scored.exists():  # after a kill, an epoch may come again
+                old = [
+                    line for line in map(json.loads, scored.read_text().splitlines()) if line["epoch"] < epoch
+                ]
+            old.append(dict(epoch=epoch, data=str(args.eval), **{k: result[k] for k in ("classes", "mean")}))
+            write_atomic(scored, "".join(json.dumps(line) + "\n" for line in old).encode())
 
     finished = fit(
         model, samples, args.out, epochs=epochs, batch_size=args.batch_size, lr=args.lr,

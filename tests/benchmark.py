@@ -143,7 +143,7 @@ def training(_dtype: torch.dtype, device: str) -> None:
     optimizer = torch.optim.AdamW(train.param_groups(model), weight_decay=0.01)
 
     def ours() -> None:
-        with train.backbone_in(model, torch.bfloat16):
+        with train.BackboneIn(model, torch.bfloat16):
             train.step(model, optimizer, (images, masks, labels), (batch, batch))
 
     def plain() -> None:

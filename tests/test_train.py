@@ -214,7 +214,7 @@ def test_only_the_backbone_runs_in_bf16_and_nothing_of_it_changes(model):
             part.register_forward_hook(lambda _m, x, y: kinds["learned"].add((x[0].dtype, y.dtype)))
     model.backbone.blocks[1].fc1.register_forward_hook(lambda _m, _x, y: kinds["blocks"].add(y.dtype))
     plain = model(images)
-    with train.backbone_in(model, torch.bfloat16):
+    with train.BackboneIn(model, torch.bfloat16):
         cast = model(images)
     assert kinds["blocks"] == {torch.float32, torch.bfloat16}
     assert kinds["learned"] == {(torch.float32, torch.float32)}
@@ -619,3 +619,13 @@ def test_compile_and_checkpointing_are_what_the_flags_say(flags, tmp_path, monke
     monkeypatch.setattr(train, "checkpoint", lambda f, *x, **kw: checkpointed.append(f) or again(f, *x, **kw))
     assert train.main(flags(tmp_path / "run", "--compile", "--checkpoint-activations", "--epochs", 1)) == 0
     assert compiled and len(checkpointed) >= 4 * SMALL.depth
+
+
+def test_a_compiled_run_is_compiled_once(flags, tmp_path, monkeypatch):
+    compile_, counters = torch.compile, torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    assert train.main(flags(tmp_path / "run", "--compile", "--epochs", 2)) == 0
+    # one for batches of 4, one for the last of 1, one for evaluation; and dynamic shapes may add one each
+    assert 1 <= counters["stats"]["unique_graphs"] <= 6
