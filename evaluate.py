@@ -794,6 +794,24 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
     return layout, records, faults
 
 
+def check_outside(data: Path, folder: Path) -> None:
+    if real(data) in (real(folder), *real(folder).parents):
+        raise ValueError(f"{folder} lies in the dataset and would become part of it: choose another folder")
+
+
+def fingerprint(model: VisualAD) -> str:
+    """sha256 of all weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digest_of(records: Sequence[Record]) -> str:
+    """sha256 of which images there are and what is known of them."""
+    return hashlib.sha256(repr([tuple(map(str, record)) for record in records]).encode()).hexdigest()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for an error; 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
@@ -817,8 +835,10 @@ def guarded(name: str, program: Callable[[argparse.Namespace], int], args: argpa
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
     try:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if args.device.startswith("cuda"):
+            if not torch.cuda.is_available():
+                raise ValueError(f"no CUDA device is available for --device {args.device}")
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
             torch.cuda.set_device(args.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
@@ -845,10 +865,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not state:
         raise ValueError("--resume needs --json or --state")
     for folder in filter(None, (args.save_maps, args.heatmaps)):
-        if real(args.data) in (real(folder), *real(folder).parents):
-            raise ValueError(
-                f"{folder} lies in the dataset and would become part of it: choose another folder"
-            )
+        check_outside(args.data, folder)
         folder.mkdir(parents=True, exist_ok=True)
     if args.json and real(args.json) == real(state):
         raise ValueError(f"--json and --state must be two files, got {state}")
@@ -866,21 +883,17 @@ def run(args: argparse.Namespace) -> int:
 
     reach, high = 2.0 * len(model.layers), model.display_high or len(model.layers)
     histogram = PixelHistogram(-reach, reach)
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     chosen = "split classes limit skip_bad sigma batch_size dtype final_norm native pro".split()
     settings = dict(dataset=layout.names[0], size=list(size), device=model.tokens.device.type)
-    settings |= {name: getattr(args, name) for name in chosen} | dict(weights_sha256=digest.hexdigest())
+    settings |= {name: getattr(args, name) for name in chosen} | dict(weights_sha256=fingerprint(model))
     settings |= dict(backbone_weights=args.backbone_weights and str(args.backbone_weights))
     settings |= dict(map_range=[-reach, reach], bins=histogram.bins, bin_width=2 * reach / histogram.bins)
     versions = dict(python=platform.python_version(), torch=str(torch.__version__))
     versions |= {name: version(name) for name in ("numpy", "pillow")}
     report = dict(model=args.model, data=str(args.data), settings=settings, versions=versions)
-    listing = repr([(names[r.path], r.cls, r.label, str(r.mask), r.known) for r in records])
     key = dict(model=args.model, data=str(args.data), **settings, **versions)
     key |= {name: str(getattr(args, name)) for name in ("save_maps", "heatmaps")}
-    key |= dict(images=hashlib.sha256(listing.encode()).hexdigest())
+    key |= dict(images=digest_of(records))
 
     def keep(record: Record, image: Tensor, heat: Tensor, mask: Tensor | None) -> None:
         name = inside(names[record.path])

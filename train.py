@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import math
@@ -39,8 +38,11 @@ from tqdm import tqdm
 from evaluate import (
     Record,
     Told,
+    check_outside,
     data_flags,
+    digest_of,
     evaluate,
+    fingerprint,
     gather,
     guarded,
     load_data,
@@ -83,7 +85,7 @@ def loss_terms(
 # --- 2. optimiser ----------------------------------------------------------------------------------------
 def param_groups(model: VisualAD, lr: float = 1e-4, token_lr: float = 1e-3) -> list[dict[str, Any]]:
     """The two tokens, then everything else that is learned, for AdamW."""
-    # The authors' program trains and saves the final norm too, but its test never loads it; here both happen.
+    # The authors' program trains and saves the final norm too, but its test never loads it; ours does.
     learned = model.learned()
     rest = [p for name, p in model.named_parameters() if name in learned and p is not model.tokens]
     return [dict(params=[model.tokens], lr=token_lr), dict(params=rest, lr=lr)]
@@ -101,6 +103,9 @@ def clip_tokens(model: VisualAD) -> None:
 
 
 # --- 3. samples ------------------------------------------------------------------------------------------
+PAINT, ORDER, DROPOUT = range(3)  # what random numbers are for, so that no two streams coincide
+
+
 class Samples(Dataset):
     """(epoch, i) -> image fp32 [3, H, W], mask float [H, W] (NaN: unknown), label float. What is drawn at
     random is a function of (seed, epoch, i), so that neither workers nor an interruption change it.
@@ -123,7 +128,7 @@ class Samples(Dataset):
         image, mask = read(self.records[i])
         image, label = resize(image, self.size), float(self.records[i].label or 0)
         mask = torch.zeros(self.size, dtype=torch.bool) if mask is None else shrink(mask, self.size)
-        rng = np.random.default_rng([self.seed, epoch, i])
+        rng = np.random.default_rng([PAINT, self.seed, epoch, i])
         if self.synthetic and not label and rng.random() < 0.5:
             from weights.tiny import paint
 
@@ -134,7 +139,7 @@ class Samples(Dataset):
 
 def batches(n: int, size: int, seed: int, epoch: int) -> list[list[int]]:
     """The order of an epoch in batches, the last one smaller: a function of (seed, epoch)."""
-    order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
+    order = np.random.default_rng([ORDER, seed, epoch]).permutation(n).tolist()
     return [order[i : i + size] for i in range(0, n, size)]
 
 
@@ -164,19 +169,25 @@ def step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor],
     counts: tuple[int, int], weight: float = 1.0, accumulate: int = 1,
 ) -> dict[str, float]:  # fmt: skip
-    """Gradients of one batch (of this rank's share, times weight, averaged by DistributedDataParallel), then
-    one optimiser step unless the loss is not finite. Returns the loss terms of the whole batch."""
+    """One optimiser step, unless loss or gradient is not finite; returns the loss terms of the whole batch.
+
+    batch: images, masks, labels of this rank's share. counts: of the images, and of those with a mask, in the
+    whole batch. weight: the number of ranks, because DistributedDataParallel averages; 0 for an idle one.
+    """
     parts = list(zip(*(x.tensor_split(min(accumulate, len(x))) for x in batch), strict=True))
     sums = 0
     for i, (images, masks, labels) in enumerate(parts):
-        last = i == len(parts) - 1 or not isinstance(model, DistributedDataParallel)
-        with contextlib.nullcontext() if last else model.no_sync():
+        sync = i == len(parts) - 1 or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if sync else model.no_sync():
             terms = loss_terms(model(images), masks, labels, counts)
             (weight * terms["total"]).backward()
-        sums = sums + torch.stack(list(terms.values())).detach().double() * (weight > 0)
+        sums = sums + torch.stack(list(terms.values())).detach().cpu().double() * (weight > 0)
     if dist.is_initialized():
         dist.all_reduce(sums)
     found = dict(zip(terms, sums.tolist(), strict=True))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+        found["total"] = math.nan
     if math.isfinite(found["total"]):
         clip_tokens(getattr(model, "module", model))
         optimizer.step()
@@ -185,7 +196,8 @@ def step(
 
 
 def deaf(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too; the loop ends them in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # these reach workers too; the loop ends them in order
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fit(
@@ -197,7 +209,8 @@ def fit(
     """Trains in place; writes log.jsonl, a line a step, and checkpoint.pt every `save_every` minutes, after
     each epoch and when asked to stop. False when it was: `resume` goes on as if nothing had happened.
 
-    key: refused if the checkpoint has another. each_epoch: called with the epoch, from 1, after each.
+    key: refused if the checkpoint has another. each_epoch: called with the epoch, from 1, after each, and
+    again if the run was interrupted there.
     Raises ValueError where the loss is not finite, naming the images; OSError, the old checkpoint whole.
     """
     rank, world = ranks()
@@ -224,6 +237,8 @@ def fit(
             torch.save(kept, buffer)
             write_atomic(path, buffer.getvalue())
 
+    if not done:
+        save()  # what cannot be written is known now, and a run can be resumed from its first step on
     stop: list[int] = []
 
     def ask(*_: Any) -> None:  # finish the step first; the second time, don't
@@ -236,13 +251,16 @@ def fit(
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if compiled:
         model.patch_maps = torch.compile(model.patch_maps)
-    wrapped, cast = DistributedDataParallel(model) if world > 1 else model, BackboneIn(model, dtype)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    cast = BackboneIn(model, dtype)
     options = dict(num_workers=workers, pin_memory=model.tokens.is_cuda, worker_init_fn=deaf)
     handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     passed = done // per_epoch * len(samples) + done % per_epoch * batch_size
     bar = tqdm(total=epochs * len(samples), initial=passed, unit=" images", disable=rank > 0 or None)
     saved = time.monotonic()
     try:
+        if each_epoch and done and done % per_epoch == 0:
+            each_epoch(done // per_epoch)
         for epoch in range(done // per_epoch, epochs):
             optimizer.param_groups[0]["lr"] = token_rate(epoch, epochs, token_lr)
             plan = batches(len(samples), batch_size, samples.seed, epoch)[done % per_epoch :]
@@ -250,7 +268,8 @@ def fit(
             mine = [[(epoch, i) for i in batch[rank::world] or batch[:1]] for batch in plan]
             for batch, share in zip(plan, DataLoader(samples, batch_sampler=mine, **options), strict=True):
                 # Dropout too is a function of (seed, step, rank): there is no random state to be kept.
-                torch.manual_seed(int(np.random.default_rng([samples.seed, done, rank]).integers(2**63)))
+                rng = np.random.default_rng([DROPOUT, samples.seed, done, rank])
+                torch.manual_seed(int(rng.integers(2**63)))
                 share = [x.to(model.tokens.device, torch.float32, non_blocking=True) for x in share]
                 counts = len(batch), sum(map(samples.has_mask, batch))
                 with cast:
@@ -259,10 +278,14 @@ def fit(
                     if rank:
                         raise Told
                     names = ", ".join(str(samples.records[i].path) for i in batch)
-                    raise ValueError(f"step {done + 1}: the loss is {terms['total']}; images: {names}")
+                    what = f"step {done + 1}: the loss or its gradient is no finite number"
+                    raise ValueError(f"{what}; the checkpoint before is kept; images: {names}")
                 done += 1
+                if not counts[1]:  # nobody knows, which is not 0
+                    terms |= dict.fromkeys(("pixel", "focal", "dice"))
                 bar.update(len(batch))
-                bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()}, refresh=False)
+                shown = {name: f"{value:.3f}" for name, value in terms.items() if value is not None}
+                bar.set_postfix(shown, refresh=False)
                 if rank == 0:
                     rates = [group["lr"] for group in optimizer.param_groups]
                     line = dict(step=done, epoch=epoch + 1, token_lr=rates[0], lr=rates[1], **terms)
@@ -276,13 +299,16 @@ def fit(
                 if told[0][1]:
                     save()
                     saved = time.monotonic()
+            save()
             if each_epoch:
                 each_epoch(epoch + 1)
-            save()
             saved = time.monotonic()
         return True
     finally:
         bar.close()
+        for module in (model, *model.backbone.blocks):
+            for name in ("forward", "patch_maps"):
+                module.__dict__.pop(name, None)  # uncompiled, not checkpointed
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -291,12 +317,17 @@ def decide(model: VisualAD, samples: Samples, batch_size: int, workers: int) -> 
     """Sets the threshold of best F1 on the images trained on, and a colour scale whose full red one in ten of
     the anomalous ones reaches. Returns how it was chosen."""
     rank, world = ranks()
-    found, device = [], model.tokens.device
+    model.threshold = model.display_high = None  # those of the model it began with
+    rows: list[tuple[float, float, float]] = []  # score, label, peak of the map
     keys = [(0, i) for i in range(rank, len(samples), world)]
-    for images, _, labels in DataLoader(samples, batch_size, sampler=keys, num_workers=workers):
-        maps, scores = model.eval().infer(images.to(device))
-        found += zip(scores.tolist(), labels.tolist(), maps.amax(dim=(1, 2)).tolist(), strict=True)
-    score, label, peak = np.array(sorted(sum(gather(found), []), reverse=True)).T
+    loader = DataLoader(samples, batch_size, sampler=keys, num_workers=workers, worker_init_fn=deaf)
+    for images, _, labels in loader:
+        maps, scores = model.eval().infer(images.to(model.tokens.device))
+        rows += zip(scores.tolist(), labels.tolist(), maps.amax(dim=(1, 2)).tolist(), strict=True)
+    everyones = [row for share in gather(rows) for row in share]
+    score, label, peak = np.array(sorted(everyones, reverse=True)).T
+    if not np.isfinite(score).all():
+        raise ValueError("the trained model's scores are not finite")
     if not 0 < label.sum() < len(label):
         return "none: normal and anomalous images are both needed to choose one"
     hits = label.cumsum()
@@ -304,7 +335,7 @@ def decide(model: VisualAD, samples: Samples, batch_size: int, workers: int) -> 
     f1[:-1][score[:-1] == score[1:]] = 0  # equal scores are flagged together
     best = int(f1.argmax())
     value = (score[best] + score[best + 1]) / 2 if best + 1 < len(score) else score[best] - 1e-3
-    made = f"best F1, {f1[best]:.3f}, on the {len(score)} images trained on"
+    made = f"best F1 ({f1[best]:.3f}) on the {len(score)} images trained on"
     size = list(samples.size)
     model.threshold = dict(value=float(value), size=size, sigma=4.0, made=made)
     model.display_high = max(float(np.quantile(peak[label == 1], 0.9)), 0.01)
@@ -336,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--epochs", type=int, metavar="N", help="(1)")
     add("--batch-size", type=int, default=8, metavar="N", help="of all ranks together (%(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="parts a batch is computed in (%(default)s)")
-    add("--size", type=int, metavar="N", help="side of the network's input; default: the backbone's")
+    add("--size", type=int, metavar="N", help="side of the input, with --backbone; default: the backbone's")
     add("--lr", type=float, default=1e-4, help="of SCA, SAF and norm (%(default)s)")
     add("--token-lr", type=float, default=1e-3, help="of the tokens, in the first epoch (%(default)s)")
     add("--seed", type=int, default=111, help="(%(default)s)")
@@ -347,99 +378,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--compile", action="store_true", help="torch.compile the network")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--save-every", type=float, default=10, metavar="MINUTES", help="(%(default)s)")
-    add("--resume", action="store_true", help="go on where the checkpoint in --out ends")
-    add("--overwrite", action="store_true", help="replace the run in --out")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where the checkpoint in --out ends")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     add("--eval", type=Path, metavar="ROOT", help="score this dataset after each epoch")
     return guarded("train", run, parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> int:
-    rank, _ = ranks()
+    rank, world = ranks()
+    if args.model and args.size:
+        raise ValueError("--size goes with --backbone: a trained model has learned positions at its own size")
+    if not (0 < args.lr < math.inf and 0 < args.token_lr < math.inf):
+        raise ValueError(f"--lr and --token-lr must be above 0, got {args.lr} and {args.token_lr}")
+    if not (0 <= args.seed < 2**63 and 0 <= args.save_every < math.inf and args.batch_size >= world):
+        got = f"{args.seed}, {args.save_every}, {args.batch_size} for {world} processes"
+        raise ValueError(f"wanted --seed and --save-every >= 0, --batch-size >= processes, got {got}")
+    check_outside(args.data, args.out)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is no folder")
     for name in ("epochs", "batch_size", "accumulate"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     there = [name for name in FILES if (args.out / name).exists()]
     if there and not args.resume and not args.overwrite:
         raise ValueError(f"{args.out} holds {', '.join(there)}: --resume or --overwrite, or another folder")
-    if args.resume and not (args.out / "checkpoint.pt").exists() and there:
-        raise ValueError(f"{args.out} holds {', '.join(there)}, but no checkpoint.pt to resume from")
-    gather(None)  # no rank removes what another has yet to see
-    if rank == 0:
-        stale = [] if args.resume or not args.overwrite else [args.out / name for name in there]
-        for path in [
-            *stale,
-            *args.out.glob(".*.part"),
-        ]:  # and what a kill in the middle of a save left behind
-            path.unlink()
+    if args.resume and there and "checkpoint.pt" not in there:
+        raise ValueError(f"{args.out} holds {', '.join(there)}, but no checkpoint.pt: begin with --overwrite")
+    if not there and args.out.is_dir() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} holds something else: choose a new folder")
 
     torch.manual_seed(args.seed)
     if args.model:
-        model = VisualAD.from_pretrained(args.model, backbone_weights=args.backbone_weights)
+        options = dict(backbone_weights=args.backbone_weights, device=args.device)
+        model = VisualAD.from_pretrained(args.model, **options)
     else:
         model = VisualAD.from_backbone(args.backbone, args.backbone_weights, image_size=args.size)
-    side, _ = model.input_size(args.size)
-    model.to(args.device)
+    side = model.to(args.device).image_size
     layout, records, faults = load_data(args)
     epochs = args.epochs or (PAPER_EPOCHS.get(layout.names[0]) if args.protocol else 1)
     if not epochs:
-        raise ValueError(
-            f"--protocol paper is for {', '.join(PAPER_EPOCHS)}, not {layout.names[0]}: give --epochs"
-        )
+        known = ", ".join(PAPER_EPOCHS)
+        raise ValueError(f"--protocol paper is for {known}, not {layout.names[0]}: give --epochs")
     if args.synthetic == "only":
         records = [record for record in records if record.label != 1]
     labels = {record.label for record in records}
-    if not records or (None in labels and not args.synthetic):
-        raise ValueError(
-            "unlabelled images are taken as normal with --synthetic only; --synthetic needs such"
-        )
-    if len(labels) == 1 and not args.synthetic and rank == 0:
+    if not records:
+        raise ValueError("--synthetic only leaves the anomalous images out, and there are no others")
+    if None in labels and not args.synthetic:
+        raise ValueError("nothing says which images are anomalous: --synthetic takes all as normal")
+    if rank == 0 and (labels == {1} or (labels == {0} and not args.synthetic)):
         kind = "anomalous" if 1 in labels else "normal"
-        print(
-            f"train: warning: every image is {kind}; --synthetic paints defects on normal ones",
-            file=sys.stderr,
-        )
+        hint = "--synthetic paints defects on normal ones"
+        print(f"train: warning: every image is {kind}; {hint}", file=sys.stderr)
     evaluated = None
     if args.eval:
         other = dict(data=args.eval, dataset="auto", split="test", classes=None, limit=None)
         _, evaluated, _ = load_data(argparse.Namespace(**{**vars(args), **other}))
+        if {record.label for record in evaluated} == {None}:
+            raise ValueError(f"--eval {args.eval} has no labels to score against")
 
     samples = Samples(records, side, args.seed, bool(args.synthetic))
     dtype = args.dtype or ("bfloat16" if has_bf16(args.device) else "float32")
     chosen = "model backbone batch_size accumulate lr token_lr seed synthetic compile checkpoint_activations"
     key = {name: getattr(args, name) for name in chosen.split()} | dict(epochs=epochs, side=side, dtype=dtype)
-    listing = [(str(r.path), r.cls, r.label, str(r.mask), r.known) for r in records]
-    key |= dict(data=str(args.data), images=hashlib.sha256(repr(listing).encode()).hexdigest())
+    key |= dict(data=str(args.data), images=digest_of(records), weights_sha256=fingerprint(model))
+    key |= dict(device=model.tokens.device.type)
+
+    if rank == 0:
+        print(
+            f"{epochs} epochs of {len(samples)} images, batch {args.batch_size}, {side} px, {dtype}",
+            flush=True,
+        )
 
     def each_epoch(epoch: int) -> None:
         options = dict(size=side, batch_size=args.batch_size, workers=args.workers)
         if evaluated and (result := evaluate(model, evaluated, **options)):
             print(f"after epoch {epoch}, {args.eval}:")
             print(table(result, Counter(record.cls for record in evaluated), "exact"), flush=True)
-            scored, old = args.out / "eval.jsonl", []
-            if scored.exists():  # after a kill, an epoch may come again
-                old = [
-                    line for line in map(json.loads, scored.read_text().splitlines()) if line["epoch"] < epoch
-                ]
-            old.append(dict(epoch=epoch, data=str(args.eval), **{k: result[k] for k in ("classes", "mean")}))
-            write_atomic(scored, "".join(json.dumps(line) + "\n" for line in old).encode())
+            scored = args.out / "eval.jsonl"
+            lines = scored.read_text().splitlines() if scored.exists() else []
+            line = dict(epoch=epoch, data=str(args.eval), classes=result["classes"], mean=result["mean"])
+            # After a kill an epoch may come again.
+            lines = [old for old in lines if json.loads(old)["epoch"] < epoch] + [json.dumps(line)]
+            write_atomic(scored, "".join(f"{line}\n" for line in lines).encode())
 
-    finished = fit(
-        model, samples, args.out, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
-        token_lr=args.token_lr, accumulate=args.accumulate, dtype=getattr(torch, dtype),
-        compiled=args.compile, checkpoint_activations=args.checkpoint_activations, workers=args.workers,
-        save_every=args.save_every, resume=args.resume, key=key, each_epoch=each_epoch,
-    )  # fmt: skip
+    gather(None)  # no rank removes what another has yet to see
+    if rank == 0:  # a run that is replaced, and what a kill in the middle of a save left behind
+        stale = there if args.overwrite else []
+        for path in [*(args.out / name for name in stale), *args.out.glob(".*.part")]:
+            path.unlink()
+    try:
+        finished = fit(
+            model, samples, args.out, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
+            token_lr=args.token_lr, accumulate=args.accumulate, dtype=getattr(torch, dtype),
+            compiled=args.compile, checkpoint_activations=args.checkpoint_activations, workers=args.workers,
+            save_every=args.save_every, resume=args.resume, key=key, each_epoch=each_epoch,
+        )  # fmt: skip
+        made = decide(model, samples, args.batch_size, args.workers) if finished else ""
+    except KeyboardInterrupt:
+        finished = False
     if not finished:
-        print("train: stopped and saved; the same command with --resume goes on", file=sys.stderr)
+        if rank == 0:
+            print(f"train: stopped; the same command with --resume goes on from {args.out}", file=sys.stderr)
         return 130
-    made = decide(model, samples, args.batch_size, args.workers)
     if rank == 0:
-        what = f"{len(records)} images of {args.data.resolve().name}, {epochs} epochs"
-        what += ", procedural defects painted on the normal ones" if args.synthetic else ""
-        model.save_pretrained(
-            args.out, model_card_kwargs=dict(notes=f"Trained on {what}. Threshold: {made}.")
-        )
-        print(f"{args.out}: model.safetensors and its card; threshold {made}")
+        what = f"{args.model or args.backbone} on {len(records)} images of {args.data.resolve().name}"
+        what += ", procedural defects painted on every second normal one" if args.synthetic else ""
+        what += f"; {epochs} epochs, batch {args.batch_size}, lr {args.lr}, tokens {args.token_lr}"
+        notes = f"Trained from {what}, seed {args.seed}. Threshold: {made}."
+        model.save_pretrained(args.out, model_card_kwargs=dict(notes=notes))
+        value = f"{model.threshold['value']:.4f}, " if model.threshold else ""
+        print(f"{args.out}: model.safetensors and its card; threshold {value}{made}")
     return 0
 
 

@@ -187,6 +187,28 @@ def test_shares_of_a_batch_add_up_to_its_loss():
         assert sum(part[name].item() for part in parts) == pytest.approx(value.item(), rel=1e-5)
 
 
+def test_step_clips_the_tokens(golden, trained_norm):
+    batch = golden["images"], golden["train/masks"], golden["train/labels"]
+    sgd, before = torch.optim.SGD([trained_norm.tokens], 1.0), trained_norm.tokens.detach().clone()
+    trained_norm.tokens.register_hook(lambda g: 10 * g)  # far above 1
+    train.loss_terms(trained_norm(batch[0]), *batch[1:])["total"].backward()
+    norms = trained_norm.tokens.grad.norm(dim=1)
+    trained_norm.zero_grad()
+    train.step(trained_norm, sgd, batch, (2, 2))
+    moved = (trained_norm.tokens - before).norm(dim=1)
+    torch.testing.assert_close(moved, norms.clamp(max=1.0), rtol=1e-3, atol=1e-4)
+    assert norms.max() > 1
+
+
+def test_a_gradient_that_is_no_number_moves_nothing(golden, trained_norm):
+    batch = golden["images"], golden["train/masks"], golden["train/labels"]
+    before = {name: p.clone() for name, p in trained_norm.state_dict().items()}
+    trained_norm.norm.weight.register_hook(lambda g: g * math.inf)
+    adam = torch.optim.AdamW(train.param_groups(trained_norm))
+    assert not math.isfinite(train.step(trained_norm, adam, batch, (2, 2))["total"])
+    assert all(torch.equal(p, before[name]) for name, p in trained_norm.state_dict().items())
+
+
 def test_accumulation_changes_nothing(golden, trained_norm):
     images = torch.cat([golden["images"], golden["images"].flip(-1)[:1]])
     masks = torch.cat([golden["train/masks"], torch.full((1, 84, 84), math.nan)])
@@ -221,19 +243,6 @@ def test_only_the_backbone_runs_in_bf16_and_nothing_of_it_changes(model):
     torch.testing.assert_close(cast.map, plain.map, rtol=0, atol=0.05)
     assert not torch.equal(cast.map, plain.map) and torch.equal(model(images).map, plain.map)
     assert all(torch.equal(p, before[name]) for name, p in model.backbone.state_dict().items())
-
-
-def test_checkpointed_activations_give_the_same_gradients(model, tmp_path):
-    model, images = still(model).train(), torch.rand(2, 3, 56, 56)
-    grads = []
-    for again in (False, True):
-        model.zero_grad()
-        for block in model.backbone.blocks if again else ():
-            block.forward = train.functools.partial(train.checkpoint, block.forward, use_reentrant=False)
-        train.loss_terms(model(images), torch.zeros(2, 56, 56), torch.zeros(2))["total"].backward()
-        grads.append(model.tokens.grad.clone())
-    assert grads[0].abs().max() > 0
-    torch.testing.assert_close(*grads)
 
 
 # --- a run
@@ -311,7 +320,8 @@ def test_a_run_trains_what_is_learned_and_saves_a_model_that_loads(data, start, 
     for name, p in model.state_dict().items():
         changed = not torch.equal(p, before.state_dict()[name])
         assert changed != name.startswith("backbone."), name
-    assert "13 images of nuts, 3 epochs" in (whole / "README.md").read_text()
+    card = (whole / "README.md").read_text()
+    assert "13 images of nuts; 3 epochs, batch 4, lr 0.0001, tokens 0.001, seed 111" in card
     assert model.threshold["made"] in (whole / "README.md").read_text()
     scores = [(model.predict(r.path, size=56).score, r.label) for r in evaluate.read_dataset(data)[1]]
     best = max(f1(scores, s - 1e-9) for s, _ in scores)
@@ -332,6 +342,55 @@ def test_training_learns(data, start, tmp_path):
     model, (_, records, _) = VisualAD.from_pretrained(tmp_path / "run"), evaluate.read_dataset(data)
     after = evaluate.evaluate(model, records)["mean"]
     assert after["image_auroc"] > 0.9 and after["pixel_auroc"] > 0.9
+
+
+def test_orders_and_dropout_are_functions_of_the_seed_and_differ(flags, whole, tmp_path):
+    assert train.batches(9, 4, 1, 0) == train.batches(9, 4, 1, 0) != train.batches(9, 4, 1, 1)
+    assert train.batches(9, 4, 1, 0) != train.batches(9, 4, 2, 0)
+    assert sorted(sum(train.batches(9, 4, 1, 0), [])) == list(range(9))
+    assert train.main(flags(tmp_path / "run", "--batch-size", 13, "--epochs", 1)) == 0
+    assert train.main(flags(tmp_path / "other", "--batch-size", 13, "--epochs", 1, "--seed", 7)) == 0
+    a, b = log(tmp_path / "run")[0], log(tmp_path / "other")[0]  # the same 13 images: only dropout differs
+    assert a["total"] != b["total"] and a["total"] == pytest.approx(b["total"], rel=0.2)
+
+
+class Fake(nn.Module):
+    """A detector whose score is the mean of the image's red channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.threshold, self.display_high = nn.Parameter(torch.zeros(2, 1)), {"value": 9}, 7.0
+
+    def infer(self, images):
+        return images[:, 0] * 2, images[:, 0].mean(dim=(1, 2))
+
+
+def test_the_threshold_is_the_best_of_all_also_among_ties(tmp_path):
+    levels = {"good": [10, 20, 20, 60, 90, 90], "bad": [20, 60, 60, 90, 120, 130, 200]}
+    for kind, values in levels.items():
+        (tmp_path / kind).mkdir()
+        for i, value in enumerate(values):
+            Image.new("RGB", (16, 16), (value, 0, 0)).save(tmp_path / kind / f"{i}.png")
+    model, samples = Fake(), train.Samples(evaluate.read_dataset(tmp_path)[1], 16)
+    made = train.decide(model, samples, 4, 0)
+    scores = [(value / 255, int(kind == "bad")) for kind, values in levels.items() for value in values]
+    best = max(f1(scores, limit) for limit in np.linspace(-0.1, 1, 2000))
+    assert f1(scores, model.threshold["value"]) == best and f"{best:.3f}" in made
+    assert model.display_high == pytest.approx(np.quantile([2 * v / 255 for v in levels["bad"]], 0.9))
+    assert model.threshold["size"] == [16, 16]
+    only = train.Samples([r for r in samples.records if r.label], 16)
+    assert (
+        "none" in train.decide(model, only, 4, 0) and model.threshold is None and model.display_high is None
+    )
+
+
+def test_bf16_is_the_default_where_the_hardware_has_it(flags, tmp_path, monkeypatch):
+    for has, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(train, "has_bf16", lambda _, has=has: has)
+        assert train.main(flags(tmp_path / name, "--epochs", 1)) == 0
+        assert torch.load(tmp_path / name / "checkpoint.pt")["key"]["dtype"] == name
+    assert log(tmp_path / "bfloat16") != log(tmp_path / "float32")
+    assert train.has_bf16("mps") is False
 
 
 def test_workers_and_the_clock_change_nothing(flags, whole, tmp_path):
@@ -389,7 +448,8 @@ def launch(tmp_path: Path, arguments: list[str], **environment: str) -> subproce
     (tmp_path / "patched.py").write_text(PATCHED)
     command = [sys.executable, tmp_path / "patched.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+    options = dict(env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([*map(str, command)], **options)
 
 
 def wait_for_step(out: Path, step: int) -> None:
@@ -414,9 +474,45 @@ def test_a_run_that_was_killed_ends_bit_identical(flags, whole, tmp_path, at):
     same(out, whole)
 
 
+def test_a_run_that_was_killed_before_its_first_step_can_be_resumed(flags, whole, tmp_path):
+    out = tmp_path / "run"
+    process = launch(tmp_path, flags(out, "--save-every", 60), DIE_IN_SAVE="3")  # that after the first epoch
+    assert process.wait() == -signal.SIGKILL
+    assert torch.load(out / "checkpoint.pt")["step"] == 0 and len(log(out)) == 4
+    assert train.main(flags(out, "--resume")) == 0
+    same(out, whole)
+
+
+def test_sigterm_to_all_processes_saves(flags, whole, tmp_path):
+    out = tmp_path / "run"
+    process = launch(tmp_path, flags(out, "--save-every", 60, "--workers", 2))
+    wait_for_step(out, 1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 130 and "--resume goes on" in said, said
+    assert 1 <= torch.load(out / "checkpoint.pt")["step"] == len(log(out))
+    assert train.main(flags(out, "--resume")) == 0
+    same(out, whole)
+
+
+def test_an_epoch_whose_evaluation_was_lost_is_evaluated_on_resuming(
+    data, flags, whole, tmp_path, monkeypatch
+):
+    out, scored = tmp_path / "run", train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train.main(flags(out, "--eval", data)) == 130
+    assert torch.load(out / "checkpoint.pt")["step"] == 4
+    monkeypatch.setattr(train, "evaluate", scored)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert train.main(flags(out, "--eval", data, "--resume")) == 0
+    assert [json.loads(line)["epoch"] for line in (out / "eval.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    same(out, whole)
+
+
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(flags, whole, tmp_path):
     out = tmp_path / "run"
-    process = launch(tmp_path, flags(out), DIE_IN_SAVE="4")  # the log's first, then checkpoints
+    process = launch(tmp_path, flags(out), DIE_IN_SAVE="5")  # the empty log, the checkpoints of steps 0, 1, 2
     assert process.wait() == -signal.SIGKILL
     assert torch.load(out / "checkpoint.pt")["step"] == 2 and list(out.glob(".*.part"))
     assert train.main(flags(out, "--resume")) == 0
@@ -450,10 +546,15 @@ def test_a_finished_run_resumes_to_itself(flags, whole, tmp_path):
 def test_a_run_is_never_overwritten_unasked_and_other_flags_are_refused(flags, whole, capsys):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert train.main(flags(whole)) == 2
-    for other in (["--seed", "1"], ["--lr", "2e-4"], ["--epochs", "4"], ["--synthetic"], ["--limit", "3"]):
+    others = dict(
+        seed=1, lr=2e-4, token_lr=2e-3, epochs=4, synthetic="mix", limit=3, batch_size=5, accumulate=2
+    )
+    others = [[f"--{name.replace('_', '-')}", value] for name, value in others.items()]
+    others += [["--compile"], ["--checkpoint-activations"], ["--model", "tiny"], ["--dtype", "float32"]]
+    for other in others:
         assert train.main(flags(whole, "--resume", *other)) == 2
     said = capsys.readouterr().err
-    assert "--resume or --overwrite" in said and said.count("belongs to another run") == 5
+    assert "--resume or --overwrite" in said and said.count("belongs to another run") == len(others)
     assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
@@ -467,6 +568,15 @@ def test_overwrite_begins_anew(flags, whole, tmp_path):
     assert "stale" not in (out / "README.md").read_text() and not (out / "eval.jsonl").exists()
 
 
+def test_overwrite_removes_nothing_before_the_new_run_can_begin(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "model.safetensors").write_text("precious")
+    for wrong in (["--data", tmp_path / "nothing"], ["--size", "57"], ["--eval", tmp_path / "nothing"]):
+        assert train.main(flags(out, "--overwrite", *wrong)) == 2
+    assert (out / "model.safetensors").read_text() == "precious"
+
+
 def test_a_loss_that_is_no_number_stops_and_names_the_images(flags, tmp_path, monkeypatch, capsys):
     def broken(*inputs, terms=train.loss_terms, calls=[]):  # noqa: B006
         calls.append(0)
@@ -477,7 +587,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_images(flags, tmp_path, mo
     out = tmp_path / "run"
     assert train.main(flags(out)) == 2
     said = capsys.readouterr().err
-    assert "step 6: the loss is nan" in said and said.count(".png") == 4
+    assert "step 6: the loss" in said and said.count(".png") == 4
     kept = torch.load(out / "checkpoint.pt")
     assert kept["step"] == 5 and all(p.isfinite().all() for p in kept["learned"].values())
 
@@ -485,7 +595,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_images(flags, tmp_path, mo
 def test_a_full_disk_is_an_error_and_the_old_checkpoint_is_whole(flags, tmp_path, monkeypatch, capsys):
     def full(source, target, replace=os.replace, calls=[]):  # noqa: B006
         calls.append(0)
-        if len(calls) == 5:
+        if len(calls) == 6:
             raise OSError(errno.ENOSPC, "No space left on device")
         return replace(source, target)
 
@@ -519,6 +629,10 @@ def test_two_ranks_train_what_one_trains(flags, tmp_path):
     assert len(one) == STEPS
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=2e-4)
+    moments = [torch.load(tmp_path / name / "checkpoint.pt")["optimizer"]["state"] for name in ("one", "two")]
+    for i, a in moments[0].items():  # AdamW's step hides the scale of a gradient, its moments do not
+        a, b = a["exp_avg"], moments[1][i]["exp_avg"]
+        assert (a - b).abs().max() <= 0.02 * a.abs().max() + 1e-7
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, p in one.items():
         if not name.endswith("norm_k.bias"):  # its gradient is rounding noise, which AdamW makes steps of
@@ -582,6 +696,40 @@ def test_a_few_good_photos_are_enough(start, tmp_path, capsys):
     assert model.threshold and "procedural defects" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_synthetic_only_leaves_the_real_anomalies_out(data, start, flags, tmp_path, monkeypatch):
+    seen = []
+    samples = train.Samples
+    monkeypatch.setattr(
+        train, "Samples", lambda records, *rest: seen.append(records) or samples(records, *rest)
+    )
+    assert train.main(flags(tmp_path / "a", "--synthetic", "only", "--epochs", 1)) == 0
+    assert train.main(flags(tmp_path / "b", "--synthetic", "--epochs", 1)) == 0
+    assert [[r.label for r in records].count(1) for records in seen] == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (["--lr", "nan"], "--lr"), (["--token-lr", "-1"], "--token-lr"), (["--seed", "-1"], "--seed"),
+        (["--batch-size", "0"], "--batch-size"), (["--size", "56"], "--backbone"),
+        (["--epochs", "0"], "--epochs"), (["--device", "cuda"], "CUDA"), (["--save-every", "nan"], "--save-every"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_at_the_door(flags, tmp_path, wrong, hint, capsys):
+    if wrong[1] == "cuda" and torch.cuda.is_available():
+        wrong[1] = "cuda:99"
+    assert train.main(flags(tmp_path / "run", *wrong)) == 2
+    assert hint in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(data, flags, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("x")
+    assert train.main(flags(tmp_path)) == 2 and train.main(flags(data / "runs")) == 2
+    assert train.main(flags(tmp_path / "mine.txt")) == 2
+    said = capsys.readouterr().err
+    assert "holds something else" in said and "lies in the dataset" in said and "is no folder" in said
+
+
 @pytest.mark.parametrize("kind", ["good", "cut"])
 def test_a_set_of_one_kind_trains_with_a_warning(data, start, tmp_path, kind, capsys):
     root = tmp_path / "data" / "nut"
@@ -612,13 +760,14 @@ def test_the_papers_protocol_sets_epochs_by_dataset(data, start, tmp_path, capsy
     assert "give --epochs" in capsys.readouterr().err
 
 
-def test_compile_and_checkpointing_are_what_the_flags_say(flags, tmp_path, monkeypatch):
+def test_compile_and_checkpointing_are_what_the_flags_say(flags, whole, tmp_path, monkeypatch):
     compiled, checkpointed = [], []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
     again = train.checkpoint
     monkeypatch.setattr(train, "checkpoint", lambda f, *x, **kw: checkpointed.append(f) or again(f, *x, **kw))
-    assert train.main(flags(tmp_path / "run", "--compile", "--checkpoint-activations", "--epochs", 1)) == 0
+    assert train.main(flags(tmp_path / "run", "--compile", "--checkpoint-activations")) == 0
     assert compiled and len(checkpointed) >= 4 * SMALL.depth
+    same(tmp_path / "run", whole)
 
 
 def test_a_compiled_run_is_compiled_once(flags, tmp_path, monkeypatch):
