@@ -270,7 +270,7 @@ def fit(
                 # Dropout too is a function of (seed, step, rank): there is no random state to be kept.
                 rng = np.random.default_rng([DROPOUT, samples.seed, done, rank])
                 torch.manual_seed(int(rng.integers(2**63)))
-                share = [x.to(model.tokens.device, torch.float32, non_blocking=True) for x in share]
+                share = [x.float().to(model.tokens.device, non_blocking=True) for x in share]
                 counts = len(batch), sum(map(samples.has_mask, batch))
                 with cast:
                     terms = step(wrapped, optimizer, share, counts, world * (rank < len(batch)), accumulate)

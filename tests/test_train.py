@@ -712,7 +712,8 @@ def test_synthetic_only_leaves_the_real_anomalies_out(data, start, flags, tmp_pa
     [
         (["--lr", "nan"], "--lr"), (["--token-lr", "-1"], "--token-lr"), (["--seed", "-1"], "--seed"),
         (["--batch-size", "0"], "--batch-size"), (["--size", "56"], "--backbone"),
-        (["--epochs", "0"], "--epochs"), (["--device", "cuda"], "CUDA"), (["--save-every", "nan"], "--save-every"),
+        (["--epochs", "0"], "--epochs"), (["--device", "cuda"], "CUDA"),
+        (["--save-every", "nan"], "--save-every"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told_at_the_door(flags, tmp_path, wrong, hint, capsys):
