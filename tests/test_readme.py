@@ -90,4 +90,4 @@ def test_the_commands_for_ones_own_product_run_on_photos(clone):
     block = next(b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "my_photos" in b)
     for line in block.splitlines():
         run([sys.executable, *line.split()[1:]], clone)
-    assert visualad.VisualAD.from_pretrained(clone / "runs" / "mine").threshold
+    assert visualad.VisualAD.from_pretrained(clone / "runs" / "product").threshold
