@@ -1,7 +1,7 @@
 """Trains tokens, SCA, SAF and the final norm by the paper's recipe; the backbone stays as it is.
 
    python train.py --data VISA --backbone clip-vit-l14-336 --protocol paper --out runs/visa
-   python train.py --data my_photos --model tiny --synthetic only --epochs 20 --out runs/product
+   python train.py --data my_photos --model tiny --synthetic only --epochs 30 --lr 1e-3 --out runs/product
    torchrun --nproc-per-node=8 train.py ...      # the same batches, shared out
 
 1 losses   2 optimiser   3 samples   4 the loop   5 command line
