@@ -1055,3 +1055,36 @@ def test_meta_json_lists_each_image_once_with_a_label(tmp_path, twice, anomaly):
     (tmp_path / "meta.json").write_text(json.dumps({"test": {"c": [entry] * (1 + twice)}}))
     with pytest.raises(ValueError, match="a.png is listed twice"):
         read_dataset(tmp_path)
+
+
+def test_a_byte_order_mark_changes_nothing(tmp_path):
+    root, want = replica(tmp_path, "visa")
+    listing = root / "split_csv" / "1cls.csv"
+    listing.write_text("\ufeff" + listing.read_text(encoding="utf-8-sig"), encoding="utf-8")
+    assert rows(root)[1:] == (want.test, [])
+
+
+def test_the_mask_of_a_normal_image_is_not_asked_for(tmp_path):
+    put(tmp_path, {"a.png": "L", "b.png": "L", "b_mask.png": "mask L"})
+    entries = [
+        dict(img_path=f"{name}.png", mask_path=mask, cls_name="c", specie_name="x", anomaly=anomaly)
+        for name, mask, anomaly in (("a", "nowhere.png", 0), ("b", "b_mask.png", 1))
+    ]
+    (tmp_path / "meta.json").write_text(json.dumps({"test": {"c": entries}}))
+    _, records, faults = read_dataset(tmp_path)
+    assert not faults and records[0].mask is None and records[0].known
+    assert not read(records[0])[1].any() and read(records[1])[1].any()
+
+
+def test_masks_of_the_test_split_are_no_fault_of_the_train_split(tmp_path):
+    root, want = replica(tmp_path, "mvtec")
+    assert rows(root, "mvtec", "train")[1:] == (want.train, [])
+    assert list((root / want.test[0][1] / "ground_truth").rglob("*.png"))
+
+
+def test_what_limit_leaves_out_is_not_checked(tmp_path, capsys):
+    put(tmp_path, {f"a/test/good/{i}.png": "L" for i in range(9)})
+    (tmp_path / "a/test/good/0.png").write_text("no image")
+    assert main(["--data", str(tmp_path), *QUICK, "--limit", "1"]) == 0
+    assert main(["--data", str(tmp_path), *QUICK]) == 2
+    assert "0.png" in capsys.readouterr().err

@@ -403,3 +403,24 @@ def test_where_nothing_can_be_written_is_told_before_the_work(data, tmp_path, fl
     assert run(data, "--heatmaps", ROOT / "README.md") == 2
     found = capsys.readouterr()
     assert f"{tmp_path} is a folder" in found.err and "README.md" in found.err and not found.out
+
+
+def test_the_page_begins_with_the_highest_score_and_names_labels():
+    rows = [
+        {"path": f"{cls}/{i}.png", "class": cls, "kind": "", "label": i % 2, "score": i / 10}
+        for cls in ("b", "a") for i in (1, 3, 2)
+    ]  # fmt: skip
+    text = evaluate.page("t", "table", rows, 2.0)
+    assert re.findall(r'src="(.*?)"', text) == [f"{cls}/{i}.png.png" for cls in "ab" for i in (3, 2, 1)]
+    assert "score 0.3000, label 1: a/3.png" in text and "full red at 2" in text
+
+
+def test_a_report_is_written_whole_or_not_at_all(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "r.json").write_text("the old one")
+    monkeypatch.setattr(os, "replace", full)
+    assert run(data, "--json", tmp_path / "r.json", "--limit", 2) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert (tmp_path / "r.json").read_text() == "the old one"

@@ -430,7 +430,7 @@ import evaluate, train
 step, replace, saves = train.step, os.replace, []
 
 def slow(*inputs):
-    time.sleep(0.2)
+    time.sleep(0.5)
     return step(*inputs)
 
 def fatal(source, target):
