@@ -130,7 +130,7 @@ class Samples(Dataset):
         mask = torch.zeros(self.size, dtype=torch.bool) if mask is None else shrink(mask, self.size)
         rng = np.random.default_rng([PAINT, self.seed, epoch, i])
         if self.synthetic and not label and rng.random() < 0.5:
-            from weights.tiny import paint
+            from weights.pictures import paint
 
             image, mask = paint(rng, image)
             label = float(mask.any())

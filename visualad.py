@@ -65,7 +65,7 @@ class Backbone:
     pre_norm: bool = False  # a norm before the first block
     patch_bias: bool = True
     layer_scale: bool = True
-    stem: tuple[int, ...] = ()  # widths of stride-2 convolutions before the patch projection
+    stem: tuple[int, ...] = ()  # widths of convolutions before the patch projection; a rise halves the image
     resample: str = "bicubic"  # of positions to another grid: bilinear, bicubic or bicubic-antialias
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -90,7 +90,8 @@ CLIP = dict(
     resample="bilinear", mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
 )  # fmt: skip
 BACKBONES = {
-    "tiny": Backbone(128, 4, 2, 8, 20, stem=(48, 96), layer_scale=False, image_size=160, layers=(2, 4)),
+    "tiny": Backbone(128, 3, 2, 8, 28, stem=(32, *[64] * 4, *[128] * 4), layer_scale=False, image_size=224,
+                     layers=(1, 3)),
     "clip-vit-b32": Backbone(768, 12, 12, 32, 7, **CLIP, repo="openai/clip-vit-base-patch32"),
     "clip-vit-b16": Backbone(768, 12, 12, 16, 14, **CLIP, repo="openai/clip-vit-base-patch16"),
     "clip-vit-l14": Backbone(1024, 24, 16, 14, 16, **CLIP, repo="openai/clip-vit-large-patch14"),
@@ -154,8 +155,9 @@ class ViT(nn.Module):
         self.cfg, stem, widths = cfg, [], (3, *cfg.stem)
         for before, width in zip(widths, cfg.stem, strict=False):
             # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.
-            stem += [nn.Conv2d(before, width, 3, 2, 1), nn.InstanceNorm2d(width, affine=True), nn.GELU()]
-        self.stem, side = nn.Sequential(*stem), cfg.patch // 2 ** len(cfg.stem)
+            conv = nn.Conv2d(before, width, 3, 1 + (before < width), 1)
+            stem += [conv, nn.InstanceNorm2d(width, affine=True), nn.GELU()]
+        self.stem, side = nn.Sequential(*stem), cfg.patch // 2 ** len(set(cfg.stem))
         self.patch_embed = nn.Conv2d(widths[-1], cfg.width, side, side, bias=cfg.patch_bias)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + cfg.grid**2, cfg.width))
@@ -500,7 +502,8 @@ def backbone_state(weights: Weights) -> dict[str, Tensor]:
 def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of a `Backbone` that a state under our names tells."""
     width, hidden = state["cls_token"].shape[-1], state["blocks.0.fc2.weight"].shape[1]
-    stem = tuple(len(v) for k, v in state.items() if k.startswith("stem.") and v.ndim == 4)
+    convs = [k for k, v in state.items() if k.startswith("stem.") and v.ndim == 4]
+    stem = tuple(len(state[k]) for k in sorted(convs, key=lambda k: int(k.split(".")[1])))
     fields = dict(CLIP) if "norm_pre.weight" in state else {}
     if registers := state["register_tokens"].shape[1]:
         fields |= dict(registers=registers, resample="bicubic-antialias")
@@ -511,7 +514,7 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     )
     fields |= dict(patch_bias="patch_embed.bias" in state, layer_scale="blocks.0.ls1" in state)
     fields["depth"] = sum(k.endswith(".fc2.weight") for k in state)
-    fields["patch"] = state["patch_embed.weight"].shape[-1] * 2 ** len(stem)
+    fields["patch"] = state["patch_embed.weight"].shape[-1] * 2 ** len(set(stem))
     return {**fields, "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
 
 

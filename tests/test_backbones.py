@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, SMALL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import map_coordinates
 from transformers import (
     CLIPVisionConfig,
@@ -310,3 +310,15 @@ def test_a_given_state_dict_is_copied_not_shared():
     for parameter in theirs.parameters():
         parameter.data.zero_()
     assert state["blocks.0.qkv.weight"].abs().sum() > 0 and state["blocks.0.fc1.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("stem, patch", [((8,), 4), ((8, 16), 8), ((8, *[16] * 11, 24, 24), 8)])
+def test_a_stem_halves_the_image_where_it_widens_and_is_read_back_from_its_tensors(stem, patch, tmp_path):
+    cfg = Backbone(64, 2, 1, patch, 3, stem=stem, layer_scale=False, layers=(1, 2), image_size=3 * patch)
+    vit = ViT(cfg)
+    side = torch.zeros(1, 3, 24, 24)
+    assert vit.stem(side).shape[-1] == 24 // 2 ** len(set(stem))
+    assert vit(side)[2].shape[1] == 1 + (24 // patch) ** 2
+    save_file(vit.state_dict(), tmp_path / "stem.safetensors")  # which sorts stem.12 before stem.3
+    found = Backbone.from_weights(load_file(tmp_path / "stem.safetensors"))
+    assert (found.stem, found.patch) == (stem, patch)

@@ -236,5 +236,5 @@ def test_the_faster_bf16_attention_of_a_cpu_is_the_same_attention(model):
 def test_input_sizes_of_the_list_are_multiples_of_their_patch():
     with torch.device("meta"):
         sizes = {name: VisualAD(name).image_size for name in BACKBONES if "g14" not in name}
-    assert sizes.pop("tiny") == 160 and sizes.pop("clip-vit-b32") == sizes.pop("clip-vit-b16") == 512
+    assert sizes.pop("tiny") == 224 and sizes.pop("clip-vit-b32") == sizes.pop("clip-vit-b16") == 512
     assert set(sizes.values()) == {518}

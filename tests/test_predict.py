@@ -103,7 +103,7 @@ def test_every_8_bit_mode_is_read_as_pil_converts_it(mode):
     assert torch.equal(to_tensor(image), to_tensor(np.array(image.convert("RGB"))))
 
 
-@pytest.mark.parametrize("size", [(37, 53), (90, 120), (160, 160), (300, 200)])
+@pytest.mark.parametrize("size", [(37, 53), (90, 120), (224, 224), (300, 200)])
 def test_resizing_is_pils_within_two_levels(size):
     pixels = picture()
     want = np.array(Image.fromarray(pixels).resize(size[::-1], Image.BICUBIC)).astype(int)
@@ -121,7 +121,7 @@ def test_maps_come_back_at_each_images_own_size_and_in_order(tiny):
     images = [
         picture(80, 60, 1),
         picture(33, 200, 2),
-        picture(160, 160, 3),
+        picture(224, 224, 3),
         picture(500, 90, 4),
         picture(1, 7, 5),
     ]
@@ -135,7 +135,7 @@ def test_maps_come_back_at_each_images_own_size_and_in_order(tiny):
 
 def test_the_score_is_taken_at_the_network_size_and_the_map_resized_from_it(tiny):
     pixels = picture(320, 320)
-    maps, score = tiny.infer(resize(to_tensor(pixels), (160, 160))[None])
+    maps, score = tiny.infer(resize(to_tensor(pixels), (224, 224))[None])
     found = tiny.predict(pixels)
     assert found.score == score.item()
     want = torch.nn.functional.interpolate(maps[None], (320, 320), mode="bilinear", align_corners=False)[0, 0]
@@ -262,7 +262,7 @@ def test_the_threshold_decides_only_where_it_was_made(tiny):
     model.threshold = None
     assert model.predict(picture()).anomalous is None
     score = model.predict(picture()).score
-    model.threshold = dict(value=score, size=[160, 160], sigma=4.0, made="by hand")
+    model.threshold = dict(value=score, size=[224, 224], sigma=4.0, made="by hand")
     assert model.predict(picture()).anomalous is False  # above, not at
     model.threshold["value"] = score - 1e-6
     assert model.predict(picture()).anomalous is True
@@ -281,7 +281,7 @@ def test_calibrate_sets_the_quantile_of_normal_scores_and_it_is_saved(quantile, 
     kept = VisualAD.from_pretrained(tmp_path).threshold
     assert (
         kept["value"] == value
-        and kept["size"] == [160, 160]
+        and kept["size"] == [224, 224]
         and kept["sigma"] == 4.0
         and "10" in kept["made"]
     )
