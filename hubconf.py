@@ -33,7 +33,7 @@ def _build(backbone: str, pretrained: bool | str, kwargs: dict) -> _VisualAD:
 
 
 def visualad_tiny(pretrained: bool | str = True, **kwargs: object) -> _VisualAD:
-    """The bundled 5 MB model, trained on procedural images alone: 160 px, for a first look and for tests."""
+    """The bundled 7 MB model, trained on procedural images alone: 224 px, for a first look and for tests."""
     return _build("tiny", pretrained, kwargs)
 
 

@@ -157,7 +157,10 @@ class ViT(nn.Module):
             # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.
             conv = nn.Conv2d(before, width, 3, 1 + (before < width), 1)
             stem += [conv, nn.InstanceNorm2d(width, affine=True), nn.GELU()]
-        self.stem, side = nn.Sequential(*stem), cfg.patch // 2 ** len(set(cfg.stem))
+        self.stem, side = (
+            nn.Sequential(*stem),
+            cfg.patch // 2 ** sum(a < b for a, b in zip(widths, cfg.stem, strict=False)),
+        )
         self.patch_embed = nn.Conv2d(widths[-1], cfg.width, side, side, bias=cfg.patch_bias)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + cfg.grid**2, cfg.width))
@@ -514,7 +517,9 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     )
     fields |= dict(patch_bias="patch_embed.bias" in state, layer_scale="blocks.0.ls1" in state)
     fields["depth"] = sum(k.endswith(".fc2.weight") for k in state)
-    fields["patch"] = state["patch_embed.weight"].shape[-1] * 2 ** len(set(stem))
+    fields["patch"] = state["patch_embed.weight"].shape[-1] * 2 ** sum(
+        a < b for a, b in zip((3, *stem), stem, strict=False)
+    )
     return {**fields, "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
 
 

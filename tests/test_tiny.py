@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from conftest import GOLDEN
 from PIL import Image
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from visualad import BACKBONES, VisualAD
+from visualad import VisualAD
 from weights import pictures, tiny
 
 SPLITS = (pictures.TRAIN, pictures.SELECT, pictures.REPORT)
@@ -64,23 +66,87 @@ def test_held_out_pictures_are_drawn_with_held_out_families_alone(split):
     assert ran & others <= {"_plain"} and {f.__name__ for table in tables for f, _ in table[split]} <= ran
 
 
-ALL_DEFECTS = [make for split in SPLITS for make, _ in pictures.DEFECTS[split]]
+def test_outlines_are_those_of_the_split(monkeypatch):
+    outlines = pictures.OUTLINES
+    for split in SPLITS:
+        monkeypatch.setattr(pictures, "OUTLINES", {split: outlines[split]})  # any other: KeyError
+        for i in range(30):
+            pictures.sample(np.random.default_rng([4, i]), 64, split)
 
 
-@pytest.mark.parametrize("defect", ALL_DEFECTS, ids=lambda f: f.__name__)
-def test_the_mask_is_where_the_picture_changed(defect):
-    seen, look = 0, pictures.Look(0.3, pictures.TRAIN)
+def fitted(rng, size, split, scene=pictures._single):
+    look = pictures.Look(0.3, split)
+    return pictures._fitted(rng, scene(rng, size, look)), pictures._camera(rng, size, look)
+
+
+ALL_DEFECTS = [(split, make) for split in SPLITS for make, _ in pictures.DEFECTS[split]]
+ALL_DEFECTS += [(pictures.TRAIN, pictures._odd_one)]
+
+
+@pytest.mark.parametrize("size", [96, 160])
+@pytest.mark.parametrize("split, defect", ALL_DEFECTS, ids=lambda f: getattr(f, "__name__", ""))
+def test_the_mask_is_where_the_picture_changed(split, defect, size):
+    seen, idle, covered, scene_of = 0, 0, 0, pictures._single
+    if defect is pictures._odd_one:
+        scene_of = pictures._array
     for i in range(8):
         rng = np.random.default_rng(i)
-        scene, shoot = pictures._single(rng, 96, look), pictures._camera(rng, 96, look)
+        scene, shoot = fitted(rng, size, split, scene_of)
         clean = shoot(scene.img)
-        spoiled, mask = pictures._spoil(rng, scene, shoot, clean, defect)
-        change = np.abs(shoot(spoiled.img) - clean).max(axis=0) > 0.08
+        spoiled, mask = pictures._spoil(rng, scene, shoot, defect)
+        change = np.abs(shoot(spoiled.img) - clean).max(axis=0)
         seen += mask.any()
-        assert not change.any() or mask.any()
+        assert mask.any() or np.array_equal(spoiled.img, scene.img)
         near = pictures._blur(mask.astype(np.float32), 4) > 1e-3  # a soft edge may lie just outside
-        assert (change & ~near).sum() <= 0.02 * change.sum()
+        assert ((change > 0.08) & ~near).sum() <= 0.02 * (change > 0.08).sum()
+        assert (change[~near] > 0.02).mean() < 0.02  # the camera sees the rest as it was
+        covered, idle = covered + mask.sum(), idle + (mask & (change < 0.01)).sum()
     assert seen >= 4
+    assert idle < 0.45 * covered  # what did not change is no defect
+
+
+@pytest.mark.parametrize("area", [1, 0.6])
+def test_what_nobody_could_see_or_mark_is_no_defect(area):
+    """One pixel, and more than a quarter of the picture."""
+
+    def make(rng, scene, gain):
+        img, region = scene.img.copy(), np.zeros(scene.zone.shape, bool)
+        region.ravel()[: area if area == 1 else int(area * region.size)] = True
+        img[:, region] = 1 - img[:, region] ** 2
+        return img, region
+
+    scene, shoot = fitted(np.random.default_rng(3), 160, pictures.TRAIN)
+    spoiled, mask = pictures._spoil(np.random.default_rng(0), scene, shoot, make)
+    assert not mask.any() and spoiled is scene
+
+
+def test_every_defect_of_a_picture_is_in_its_mask(monkeypatch):
+    drawn, spoil = [], pictures._spoil
+
+    def watched(*args):
+        scene, mask = spoil(*args)
+        drawn.append(mask)
+        return scene, mask
+
+    monkeypatch.setattr(pictures, "_spoil", watched)
+    several = 0
+    for i in range(60):
+        drawn.clear()
+        _, mask, _ = pictures.sample(np.random.default_rng([6, i]), 64)
+        assert np.array_equal(mask, np.any(drawn, axis=0) if drawn else np.zeros((64, 64), bool))
+        several += sum(m.any() for m in drawn) > 1
+    assert several >= 5
+
+
+def test_a_fitting_is_drawn_alike_on_what_shows_when_a_piece_is_missing():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        plain = pictures._array(rng, 64, pictures.Look(0, pictures.TRAIN))
+        img = np.clip(plain.img, 0, 1)
+        same = pictures.replace(plain, img=img, back=img, odd=(img,))
+        scene = pictures._fitted(rng, same)
+        assert np.array_equal(scene.img, scene.back) and np.array_equal(scene.img, scene.odd[0])
+        assert 0 <= scene.img.min() and scene.img.max() <= 1  # or clipping a defect would change it elsewhere
 
 
 @pytest.mark.parametrize("fitting", [make for make, _ in pictures.FITTINGS], ids=lambda f: f.__name__)
@@ -109,7 +175,7 @@ def test_at_scale_one_the_loss_is_the_authors(golden, monkeypatch):
 
 def test_a_short_training_writes_a_model_that_loads(tmp_path, capsys):
     untrained = VisualAD("tiny")
-    model = tiny.train(images=64, batch=16, lr=1e-3, workers=0, out=tmp_path, held_out=50)
+    model = tiny.train(images=64, batch=16, lr=1e-3, workers=0, held_out=50)
     tiny.decide(model, count=64)
     tiny.save(model, tmp_path)
     loaded = VisualAD.from_pretrained(tmp_path / "tiny.safetensors")
@@ -119,58 +185,146 @@ def test_a_short_training_writes_a_model_that_loads(tmp_path, capsys):
     assert "select: image AUROC" in capsys.readouterr().out
 
 
-def brightness(x):
-    """A method whose figures another library can check."""
-    return x.mean(dim=1), x.mean(dim=(1, 2, 3))
+class Brightness:
+    """A model whose figures another library can check; it also is a method of `measure`."""
+
+    image_size, threshold, tokens = 48, None, torch.zeros(2, 1)
+
+    def infer(self, x):
+        return x.mean(dim=1), x.mean(dim=(1, 2, 3))
+
+
+def test_the_threshold_flags_a_twentieth_of_the_selected_normals():
+    model = Brightness()
+    tiny.decide(model, count=120)
+    pairs = [(x, m.any()) for x, m, _ in tiny.Pictures(pictures.SELECT, 120, 48)]
+    normal = np.array([x.mean().item() for x, anomalous in pairs if not anomalous])
+    assert (normal > model.threshold["value"] + 1e-6).sum() == int(0.05 * len(normal))
+    peaks = [x.mean(dim=0).max().item() for x, anomalous in pairs if anomalous]
+    assert model.display_high == pytest.approx(np.quantile(peaks, 0.9), abs=1e-5)
+    assert model.threshold["size"] == [48, 48] and str(len(normal)) in model.threshold["made"]
 
 
 def test_measured_figures_are_scikit_learns_for_all_and_by_kind():
-    batches = list(tiny.procedural(pictures.SELECT, 50))
-    found = tiny.measure({"brightness": brightness, "chance": tiny.chance}, batches, limit=0.4)
+    batches = list(tiny.procedural(pictures.SELECT, 50, 64))
     labels = np.array([label for b in batches for label in b.labels])
     kinds = np.array([kind for b in batches for kind in b.kinds])
     maps, masks = torch.cat([b.images.mean(dim=1) for b in batches]), torch.cat([b.masks for b in batches])
-    for kind, row in found["brightness"].items():
+    scores = torch.cat([Brightness().infer(b.images)[1] for b in batches]).numpy()
+    limit = float(np.sort(scores[labels == 1])[5])  # a score itself: it is not above the threshold
+    found = tiny.measure({"ours": Brightness().infer, "chance": tiny.chance}, batches, limit)
+    assert list(found["ours"]) == [
+        "all",
+        *sorted({k for k, label in zip(kinds, labels, strict=True) if label}),
+    ]
+    for kind, row in found["ours"].items():
         chosen = np.full(50, True) if kind == "all" else (labels == 0) | (kinds == kind)
-        score = maps[chosen].mean(dim=(1, 2)).numpy()
+        label, score = labels[chosen], scores[chosen]
         truth, value = masks[chosen].flatten().numpy(), maps[chosen].flatten().numpy()
-        assert (row.images, row.anomalous) == (chosen.sum(), labels[chosen].sum())
-        assert row.image_auroc == pytest.approx(100 * roc_auc_score(labels[chosen], score), abs=0.051)
-        assert row.image_ap == pytest.approx(100 * average_precision_score(labels[chosen], score), abs=0.051)
-        assert row.pixel_auroc == pytest.approx(100 * roc_auc_score(truth, value), abs=0.06)
-        assert row.pixel_ap == pytest.approx(100 * average_precision_score(truth, value), abs=0.06)
-        for label, rate in enumerate(row.flagged):
-            assert rate == pytest.approx((score[labels[chosen] == label] > 0.4).mean())
+        assert (row.images, row.anomalous) == (chosen.sum(), label.sum())
+        for shown, true, rank in (("image", label, score), ("pixel", truth, value)):
+            precision, recall, _ = precision_recall_curve(true, rank)
+            f1 = (2 * precision * recall / (precision + recall + 1e-12)).max()
+            assert getattr(row, f"{shown}_auroc") == pytest.approx(100 * roc_auc_score(true, rank), abs=0.06)
+            ap = average_precision_score(true, rank)
+            assert getattr(row, f"{shown}_ap") == pytest.approx(100 * ap, abs=0.06)
+            assert getattr(row, f"{shown}_f1_max") == pytest.approx(100 * f1, abs=0.06)
+        assert row.flagged == tuple((score[label == k] > limit).mean() for k in (0, 1))
     guess, share = found["chance"]["all"], 100 * masks.float().mean().item()
+    assert list(found["chance"]) == ["all"]
     assert guess.image_auroc == guess.pixel_auroc == 50 and guess.pixel_aupro == 15
     assert guess.pixel_ap == pytest.approx(share, abs=0.06)
 
 
-def test_the_table_of_a_dataset_without_masks_leaves_the_pixels_out(tmp_path):
-    for kind in ("good", "odd"):
-        (tmp_path / kind).mkdir()
-        for i in range(2):
-            noise = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(tmp_path / kind / f"{i}.png")
+def cells(table):
+    return {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in table.splitlines()
+    }
+
+
+def test_the_table_holds_the_model_its_kinds_and_what_it_has_to_beat():
+    torch.manual_seed(1)
+    model = VisualAD("tiny").eval()
+    model.threshold = dict(value=-4.0)
+    batches = list(tiny.procedural(pictures.SELECT, 30, 64))
+    found = cells(tiny.report(model, "drawn", batches))
+    rows = list(found)
+    kinds = {f"tiny: {kind}" for b in batches for kind in b.kinds if kind != "good"}
+    assert rows[:3] == ["drawn", "---|---|---|---|---|---|---|---|---|---|", "tiny"] and kinds <= set(rows)
+    assert found["tiny"][-1] == "100.0 / 100.0"
+    assert found["untrained"][1:8] != found["tiny"][1:8]  # another seed's weights, not the model's own
+    contrasts = {f"contrast, {s} px": tiny.contrast(s) for s in (1, 2, 4, 8)}
+    measured = {name: rows["all"] for name, rows in tiny.measure(contrasts, batches).items()}
+    (shown,) = (row for row in rows if row.startswith("contrast"))
+    assert measured[shown].image_auroc == max(row.image_auroc for row in measured.values())
+    assert found[shown][1] == f"{measured[shown].image_auroc:.1f}"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two good and two odd ones, so many of these with a mask; without any, no layout that wants them."""
+
+    def make(masks):
+        for kind in ("good", "odd"):
+            for i in range(2):
+                path = tmp_path / ("thing/test" if masks else "") / kind / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                noise = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(path)
+        for i in range(masks):
+            truth = tmp_path / f"thing/ground_truth/odd/{i}_mask.png"
+            truth.parent.mkdir(parents=True, exist_ok=True)
+            mask = np.zeros((40, 60), np.uint8)
+            mask[5:10, 7:20] = 255
+            Image.fromarray(mask).save(truth)
+        return tmp_path
+
+    return make
+
+
+def test_a_dataset_is_measured_at_its_own_size_against_its_masks(photos):
+    (records,) = tiny.labelled(photos(masks=2)).values()
+    batches = list(tiny.real(records, 32))
+    assert [b.labels for b in batches] == [[0], [0], [1], [1]] and batches[3].kinds == ["odd"]
+    assert batches[2].images.shape == (1, 3, 32, 32) and batches[2].masks.shape == (1, 40, 60)
+    assert [int(b.masks.sum()) for b in batches] == [0, 0, 65, 65]
+
+
+def test_a_dataset_without_masks_leaves_the_pixels_out(photos):
+    (records,) = tiny.labelled(photos(masks=0)).values()
     torch.manual_seed(0)
-    lines = tiny.report(VisualAD("tiny").eval(), "mine", tiny.real(tmp_path)).splitlines()
-    assert lines[0].startswith("| mine | images / anomalous | image AUROC")
-    first = [line.split(" | ")[0] for line in lines[2:]]
-    assert first[:3] == ["| **tiny**", "| tiny: odd", "| untrained"] and first[4] == "| chance"
-    assert "px" in first[3] and all(line.count("|") == lines[0].count("|") for line in lines)
-    assert "| 4 / 2 | 50.0 | 66.7 | 50.0 | - | - | - | - |" in lines[-1]
+    table = tiny.report(VisualAD("tiny").eval(), "mine", tiny.real(records, 32))
+    assert cells(table)["chance"][:9] == ["4 / 2", "50.0", "66.7", "50.0", "-", "-", "-", "-"]
 
 
-def test_the_contrast_baseline_finds_a_spot():
-    x = torch.full((1, 3, 64, 64), 0.5)
-    x[..., 20:24, 40:44] = 0.9
+def test_a_dataset_that_cannot_be_measured_is_an_error(photos, tmp_path):
+    with pytest.raises(ValueError, match="1.png"):
+        tiny.labelled(photos(masks=1))
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat/a.png")
+    with pytest.raises(ValueError, match="has no label"):
+        tiny.labelled(tmp_path / "flat")
+
+
+def test_the_contrast_baseline_is_a_difference_of_gaussians():
+    x = torch.rand(1, 3, 64, 64)
     maps, _ = tiny.contrast(2)(x)
-    assert divmod(int(maps[0].argmax()), 64)[0] in range(20, 24) and maps.min() >= 0
+    grey = x[0].mean(dim=0).numpy()
+    ours = np.abs(gaussian_filter(grey, 2, truncate=9) - gaussian_filter(grey, 6, truncate=9))
+    inner = np.s_[20:-20, 20:-20]  # the two treat borders in their own ways
+    assert np.abs(maps[0].numpy()[inner] - ours[inner]).max() < 2e-4
 
 
-def test_the_bundled_model_is_far_from_chance_on_pictures_of_no_decision():
+def test_the_gallery_holds_six_strips():
     model = VisualAD.from_pretrained("tiny")
-    row = tiny.measure({"tiny": model.infer}, tiny.procedural(pictures.REPORT, 250))["tiny"]["all"]
+    picture = Image.open(io.BytesIO(tiny.gallery(model, count=60)))
+    side = model.image_size
+    assert picture.size == (2 * (3 * side + 16) + 24, 3 * side + 16)
+
+
+def test_the_bundled_model_is_far_from_chance_on_other_families():
+    model = VisualAD.from_pretrained("tiny")
+    row = tiny.measure({"tiny": model.infer}, tiny.procedural(pictures.SELECT, 250, 224))["tiny"]["all"]
     assert row.image_auroc > 80 and row.pixel_auroc > 85, row
-    size = BACKBONES["tiny"].image_size
-    assert model.threshold["size"] == [size, size] and "procedural normal" in model.threshold["made"]
+    assert model.threshold["size"] == [model.image_size] * 2 == [224, 224]
+    assert "procedural normal" in model.threshold["made"]

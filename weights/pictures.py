@@ -3,9 +3,9 @@
     image, mask, kind = sample(np.random.default_rng(seed), size=160, split=TRAIN)
 
 A picture is a scene (a surface, an object, an array, a part, a board) made of textures, with normal fittings
-on it, in half of the cases with defects, seen through a camera. The splits share no family of texture, of
-outline or of defect, but for plain grounds, so that SELECT and REPORT measure transfer. To add
-a family, write a function and list it.
+on it, in half of the cases with defects, seen through a camera. The splits share scenes, fittings and camera
+but no family of texture (save plain grounds), of outline or of defect, so that SELECT and REPORT measure
+transfer to other ones. To add a family, write a function and list it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _log_uniform(rng: Rng, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=32)
 def _gauss(size: int, sigma: float) -> Array:
     """The Gaussian blur of one axis as a matrix: rows sum to one, so borders do not darken."""
     i = np.arange(size)
@@ -488,13 +488,13 @@ def _holes(rng: Rng, img: Array, look: Look) -> Array:
     """One true circle or ring, or a few placed with symmetry: holes, screws, pins, lenses."""
     size, (x, y) = img.shape[-1], _axes(img.shape[-1])
     r, ink, rim = _log_uniform(rng, 0.05, 0.3), _colour(rng, look.sat), rng.normal() * 0.4
-    a, b = rng.uniform(0, 0.8, 2)
-    mirror = rng.choice(4)
+    a, b = rng.uniform(-0.8, 0.8, 2)
+    mirror, ring = int(rng.integers(3)), rng.random() < 0.25
     at = [(a, b)] + [(-a, b)] * (mirror > 0) + [(a, -b), (-a, -b)] * (mirror > 1)
     for cx, cy in at:
         d = (np.hypot(x - cx, y - cy) - r) * size / 2
         img = img * (1 + rim * np.exp(-((d / (2 + r * 8)) ** 2)))
-        if mirror != 3:
+        if not ring:
             img = img + np.clip(0.5 - d, 0, 1) * (ink - img)
     return np.clip(img, 0, 1).astype(np.float32)
 
@@ -504,17 +504,15 @@ def _text(rng: Rng, img: Array, look: Look) -> Array:
     size, ink = img.shape[-1], _colour(rng, look.sat)
     high, wide = int(rng.integers(3, size // 8)), int(rng.integers(2, size // 12))
     rows, length = int(rng.choice([1, 2, 4])), int(rng.integers(4, 20))
-    gap, fill = max(wide // 3, 1), rng.uniform(0.35, 0.65)
+    gap, fill, pitch = max(wide // 3, 1), rng.uniform(0.35, 0.65), high + max(high // 3, 2)
     top, left = rng.integers(0, size, 2) - [0, length * wide // 2]
     out = img.copy()
     if rng.random() < 0.3:
-        pad = np.s_[
-            :, max(top - 3, 0) : top + rows * (high + 3), max(left - 3, 0) : left + length * (wide + gap)
-        ]
-        out[pad] = _colour(rng, look.sat)
+        tall, long = rows * pitch, length * (wide + gap)
+        out[:, max(top - 3, 0) : top + tall, max(left - 3, 0) : left + long] = _colour(rng, look.sat)
     for row in range(rows):
         for k in range(length):
-            y, x = top + row * (high + max(high // 3, 2)), left + k * (wide + gap)
+            y, x = top + row * pitch, left + k * (wide + gap)
             if y + high > size or x + wide > size or x < 0 or rng.random() < 0.12:
                 continue
             glyph = np.kron(rng.random((5, 3)) < fill, np.ones((1 + high // 5, 1 + wide // 3)))[:high, :wide]
@@ -527,7 +525,7 @@ def _specks(rng: Rng, img: Array, look: Look) -> Array:
     size = img.shape[-1]
     field, count = np.zeros((size, size), np.float32), int(_log_uniform(rng, 25, 300))
     field[tuple(rng.integers(0, size, (2, count)))] = rng.uniform(0.3, 1, count)
-    sigma = _log_uniform(rng, 0.5, 2)
+    sigma = size / 160 * _log_uniform(rng, 0.5, 2)
     field = np.clip(_blur(field, sigma) * (2 * np.pi * sigma**2), 0, 1)
     return img + field * np.float32(rng.uniform(0.2, 0.8)) * (_colour(rng, look.sat) - img)
 
@@ -539,10 +537,13 @@ FITTINGS = [
 
 
 def _fitted(rng: Rng, scene: Scene) -> Scene:
-    """The scene with up to three fittings."""
+    """The scene with up to three fittings, the same ones on what shows where a piece is missing or odd."""
+    layers = [scene.img, scene.back, *scene.odd]
     for _ in range(int(rng.choice([0, 1, 2, 3], p=[0.35, 0.35, 0.2, 0.1]))):
-        scene = replace(scene, img=_draw(rng, FITTINGS)(rng, scene.img, scene.look).astype(np.float32))
-    return scene
+        fit, seed = _draw(rng, FITTINGS), rng.integers(2**63)
+        layers = [fit(np.random.default_rng(seed), layer, scene.look) for layer in layers]
+    img, back, *odd = (np.clip(layer, 0, 1).astype(np.float32) for layer in layers)
+    return replace(scene, img=img, back=back, odd=tuple(odd))
 
 
 # ---- scenes
@@ -614,6 +615,7 @@ def _board(rng: Rng, size: int, look: Look) -> Scene:
     kinds = [(rng.integers(2, size // 4, 2), _colour(rng, look.sat), rng.random() < 0.3) for _ in range(4)]
     for _ in range(int(rng.integers(4, 26))):
         (w, h), ink, round_ = kinds[rng.integers(4)]
+        h = w if round_ else h
         if rng.random() < 0.3:
             w, h = (size, rng.integers(1, 4)) if rng.random() < 0.5 else (rng.integers(1, 4), size)
         a, b = rng.integers(-4, size - 4, 2).clip(0)
@@ -629,7 +631,7 @@ def _board(rng: Rng, size: int, look: Look) -> Scene:
 SCENES = [(_surface, 0.42), (_single, 0.3), (_array, 0.08), (_part, 0.14), (_board, 0.06)]
 
 
-# ---- defects: (scene, strength) to a changed picture. Add one: write a function, list it in DEFECTS.
+# ---- defects: (scene, strength, where it has one) to a changed picture. Write one and list it in DEFECTS.
 
 
 def _spot_in(rng: Rng, zone: Array) -> tuple[int, int]:
@@ -693,14 +695,14 @@ def _scratch(rng: Rng, scene: Scene, gain: float) -> Defect:
     length, width = size * _log_uniform(rng, 0.07, 0.9), size / 160 * _log_uniform(rng, 0.8, 3.5)
     at = _spot_in(rng, scene.zone)
     for _ in range(int(rng.choice([1, 2, 4], p=[0.75, 0.15, 0.1]))):
-        near = tuple(int(c + rng.normal() * 6) for c in at)
+        near = tuple(int(c + rng.normal() * size / 27) for c in at)
         alpha = np.maximum(alpha, _curve(rng, size, near, length, width, 0, rng.normal() * 0.8))
     alpha *= scene.zone
     img, region = _mixed(scene, alpha, _ink(rng, scene, alpha, 0.08, 0.5, gain))
     if rng.random() < 0.3:
         # a groove has a lit flank beside its dark one
-        flank = np.roll(alpha, 1, (0, 1)) * (1 - alpha) * scene.zone
-        img, region = img + flank * (scene.img.mean() - img.mean() + 0.15), region | (flank > 0.3)
+        flank = np.pad(alpha, ((1, 0), (1, 0)))[:-1, :-1] * (1 - alpha) * scene.zone
+        img, region = img + np.float32(0.15) * flank, region | (flank > 0.3)
     return img, region
 
 
@@ -810,8 +812,6 @@ def _warp(rng: Rng, scene: Scene, gain: float) -> Defect:
 
 
 def _odd_one(rng: Rng, scene: Scene, gain: float) -> Defect:
-    if scene.cells is None:
-        return _spots(rng, scene, gain)
     cell = scene.cells == scene.cells[_spot_in(rng, scene.zone & (scene.cells >= 0))]
     img = scene.odd[rng.integers(len(scene.odd))]
     return np.where(cell, img, scene.img), cell & (np.abs(img - scene.img).max(0) > 0.03)
@@ -887,9 +887,8 @@ def _ghost(rng: Rng, scene: Scene, gain: float) -> Defect:
     """Printed twice: a region shows a second, shifted copy of itself."""
     alpha = _region(rng, scene, 0.004, 0.08, 0.1, 0.1)
     shift = rng.integers(3, 3 + alpha.shape[0] // 16, 2) * rng.choice([-1, 1], 2)
-    return _mixed(
-        scene, alpha, np.clip(0.6 * np.roll(scene.img, shift, (1, 2)) + 0.25 * gain * scene.img, 0, 1)
-    )
+    weight = min(0.35 * gain, 0.8)
+    return _mixed(scene, alpha, (1 - weight) * scene.img + weight * np.roll(scene.img, shift, (1, 2)))
 
 
 def _beads(rng: Rng, scene: Scene, gain: float) -> Defect:
@@ -897,8 +896,8 @@ def _beads(rng: Rng, scene: Scene, gain: float) -> Defect:
     size = scene.zone.shape[0]
     track = _curve(rng, size, _spot_in(rng, scene.zone), size * rng.uniform(0.1, 0.4), 1, 0.1, rng.normal())
     ys, xs = np.nonzero(track > 0.5)
-    alpha, pick = np.zeros((size, size), np.float32), slice(None, None, int(rng.integers(6, 14)))
-    for cy, cx in zip(ys[pick], xs[pick], strict=True):
+    alpha, step = np.zeros((size, size), np.float32), int(rng.integers(6, 14) * size / 160)
+    for cy, cx in zip(ys[::step], xs[::step], strict=True):
         x, y = _axes(size)
         d = np.hypot(x - x[0, cx], y - y[cy, 0]) * size / 2 - size / 160 * rng.uniform(1.2, 3)
         alpha = np.maximum(alpha, np.clip(0.5 - d, 0, 1))
@@ -934,16 +933,17 @@ def _camera(rng: Rng, size: int, look: Look) -> Callable[[Array], Array]:
     noise = noise * np.float32(_log_uniform(rng, 0.001, 0.025))
     step, i = rng.uniform(0.02, 0.1), np.arange(8)
     dct = np.cos(np.pi / 8 * (i + 0.5) * i[:, None]) * np.where(i[:, None], 0.5, 0.5 / np.sqrt(2))
-    blocky = rng.random() < 0.12 and size % 8 == 0
+    basis = (
+        np.kron(np.eye(size // 8), dct).astype(np.float32) if rng.random() < 0.12 and size % 8 == 0 else None
+    )
     exposure, bright = rng.random() < 0.7, rng.uniform(0.45, 0.98)  # most cameras set their own
-    gain: list[Array] = []
-    basis = np.kron(np.eye(size // 8), dct).astype(np.float32) if blocky else None
+    exposed: list[Array] = []
 
     def shoot(img: Array) -> Array:
         img = _blur(img * light, sigma)
         if exposure:
-            gain.append(np.float32(bright / max(np.quantile(img[:, ::4, ::4], 0.97), 0.02)))
-            img = img * gain[0]  # of the first picture: a defect does not change it
+            exposed.append(np.float32(bright / max(np.quantile(img[:, ::4, ::4], 0.97), 0.02)))
+            img = img * exposed[0]  # of the first picture: a defect does not change it
         img = np.clip(img, 0, 1) ** gamma + noise
         if basis is not None:
             img = basis.T @ (np.round(basis @ img @ basis.T / step) * step).astype(np.float32) @ basis
@@ -956,7 +956,7 @@ def _visible(clean: Array, dirty: Array, region: Array, regular: bool) -> Array:
     """The part of the region in which the change stands out against the texture around it, made solid."""
     size = region.shape[0]
     diff = dirty - clean
-    region = region | (_blur(np.abs(diff).max(0), 1) > 0.02)
+    region = region | (_blur(np.abs(diff).max(0), size / 160) > 0.02)
     ys, xs = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     if not len(ys):
         return region
@@ -987,18 +987,17 @@ def _visible(clean: Array, dirty: Array, region: Array, regular: bool) -> Array:
     return region & (share > 0.4)
 
 
-def _spoil(
-    rng: Rng, scene: Scene, shoot: Callable[[Array], Array], clean: Array, make: Callable
-) -> tuple[Scene, Array]:
+def _spoil(rng: Rng, scene: Scene, shoot: Callable[[Array], Array], make: Callable) -> tuple[Scene, Array]:
     """The scene with one visible defect and its mask, empty after three attempts that nobody could see."""
-    size = scene.zone.shape[0]
+    size, clean = scene.zone.shape[0], shoot(scene.img)
     for gain in (1.0, 1.6, 2.5):
         img, region = make(rng, scene, gain)
         img = np.clip(img, 0, 1).astype(np.float32)
         mask = _visible(clean, shoot(img), region, scene.regular)
         if 8 * (size / 160) ** 2 < mask.sum() < 0.25 * size * size:
             # what nobody can see is taken back, or the mask would not be the whole truth
-            keep = _blur((_blur(mask.astype(np.float32), 1.5) > 0.05).astype(np.float32), 1)
+            soft = size / 160
+            keep = _blur((_blur(mask.astype(np.float32), 1.5 * soft) > 0.05).astype(np.float32), soft)
             return replace(scene, img=scene.img + keep * (img - scene.img)), mask
     return scene, np.zeros((size, size), bool)
 
@@ -1012,17 +1011,17 @@ def sample(rng: Rng, size: int, split: int = TRAIN) -> tuple[Array, Array, str]:
         scene = replace(scene, zone=np.ones((size, size), bool))
     shoot, mask, kind = _camera(rng, size, scene.look), np.zeros((size, size), bool), "good"
     if rng.random() < 0.53:
-        clean, make = shoot(scene.img), _draw(rng, DEFECTS[split])
+        make = _draw(rng, DEFECTS[split])
         for _ in range(int(rng.choice([1, 2, 3], p=[0.65, 0.22, 0.13]))):
             if split == TRAIN:
                 odd = scene.cells is not None and rng.random() < 0.5
                 make = _odd_one if odd else _draw(rng, DEFECTS[split])
-            scene, more = _spoil(rng, scene, shoot, clean, make)
+            scene, more = _spoil(rng, scene, shoot, make)
             mask |= more
         if mask.any():
             kind = "mixed" if split == TRAIN else make.__name__[1:]
     img = np.rint(shoot(scene.img) * 255).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(img, (3, size, size)).transpose(1, 2, 0)), mask, kind
+    return np.ascontiguousarray(img.transpose(1, 2, 0)), mask, kind
 
 
 def paint(rng: Rng, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1035,7 +1034,7 @@ def paint(rng: Rng, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mask = np.zeros((size, size), bool)
     for _ in range(int(rng.choice([1, 2, 3], p=[0.65, 0.22, 0.13]))):
         make = _draw(rng, DEFECTS[TRAIN])
-        scene, more = _spoil(rng, scene, lambda picture: np.clip(picture, 0, 1), img, make)
+        scene, more = _spoil(rng, scene, lambda picture: np.clip(picture, 0, 1), make)
         mask |= more
     painted = np.rint(np.clip(scene.img, 0, 1) * 255).astype(np.float32) / 255 if mask.any() else img
     mask |= np.abs(painted - img).max(axis=0) > 0.05  # soft edges too: the mask is the whole truth

@@ -1,7 +1,7 @@
 """Trains the bundled model on procedural pictures alone, and measures it.
 
     python weights/tiny.py                        # train, choose the threshold, write the model, report
-    python weights/tiny.py --report --data ROOT   # measure the model, also on a dataset of real images
+    python weights/tiny.py --report --data ROOT   # measure the model, also on datasets of real images
 
 No real image and no downloaded weight is used, and a picture is a function of (SEED, split, index) alone.
 """
@@ -9,26 +9,27 @@ No real image and no downloaded weight is used, and a picture is a function of (
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this script lies beside the module, not in it
-from evaluate import PixelHistogram, image_metrics, read, read_dataset  # noqa: E402
+from evaluate import PixelHistogram, Record, checked, image_metrics, read, read_dataset, strip  # noqa: E402
 from train import loss_terms  # noqa: E402
 from visualad import (  # noqa: E402
-    BACKBONES,
     Output,
     VisualAD,
     find_device,
@@ -36,7 +37,7 @@ from visualad import (  # noqa: E402
     resize,
     smooth,
     upsample,
-    write_atomic,  # noqa: E402
+    write_atomic,
 )
 from weights.pictures import REPORT, SELECT, TRAIN, sample  # noqa: E402
 
@@ -70,7 +71,7 @@ def loss(out: Output, mask: Tensor) -> Tensor:
     return loss_terms(out, mask.float(), mask.flatten(1).any(dim=1).float())["total"]
 
 
-def train(images: int, batch: int, lr: float, workers: int, out: Path, held_out: int = 500) -> VisualAD:
+def train(images: int, batch: int, lr: float, workers: int, held_out: int = 500) -> VisualAD:
     """Backbone, tokens, SCA and SAF from scratch; returns the average of the last steps' weights."""
     torch.manual_seed(SEED)
     device = find_device()
@@ -109,10 +110,11 @@ def train(images: int, batch: int, lr: float, workers: int, out: Path, held_out:
             rate = step * batch / (time.time() - start)
             print(f"{step * batch:7d} images  loss {running:.4f}  {rate:.0f} images/s", flush=True)
         if step % 2000 == 0 or step == steps:
-            row = measure({"tiny": average.module.infer}, procedural(SELECT, held_out))["tiny"]["all"]
+            row = measure({"tiny": average.module.infer}, procedural(SELECT, held_out, model.image_size))[
+                "tiny"
+            ]["all"]
             figures = f"image AUROC {row.image_auroc}  pixel AUROC {row.pixel_auroc}  AP {row.pixel_ap}"
             print(f"select: {figures}", flush=True)
-            save(average.module, out)
     return average.module
 
 
@@ -128,7 +130,7 @@ def decide(model: VisualAD, count: int = 2000) -> None:
     """Threshold and colour scale, from held-out procedural images: at most 5 % of the normal ones are above
     the threshold, and one in ten of the anomalous ones reaches the full colour."""
     normal, peaks = [], []
-    for batch in procedural(SELECT, count):
+    for batch in procedural(SELECT, count, model.image_size):
         maps, scores = model.infer(batch.images.to(model.tokens.device))
         anomalous = torch.tensor(batch.labels, device=maps.device).bool()
         normal += scores[~anomalous].tolist()
@@ -170,19 +172,27 @@ class Row(NamedTuple):
     flagged: tuple[float, ...] = ()  # share of the normal and of the anomalous images above the threshold
 
 
-def procedural(split: int, count: int) -> Iterator[Batch]:
-    pictures = Pictures(split, count, BACKBONES["tiny"].image_size)
-    for images, masks, kinds in torch.utils.data.DataLoader(pictures, 25):
+def procedural(split: int, count: int, size: int) -> Iterator[Batch]:
+    for images, masks, kinds in torch.utils.data.DataLoader(Pictures(split, count, size), 25):
         yield Batch(images, masks, masks.flatten(1).any(dim=1).long().tolist(), list(kinds))
 
 
-def real(root: Path) -> Iterator[Batch]:
-    """Every test image of a dataset that evaluate.py reads."""
-    size = [BACKBONES["tiny"].image_size] * 2
-    for record in read_dataset(root)[1]:
+def real(records: Sequence[Record], size: int) -> Iterator[Batch]:
+    """Images of one class of a dataset that evaluate.py reads."""
+    for record in records:
         image, mask = read(record)
-        label = int(mask.any()) if record.label is None else record.label
-        yield Batch(resize(image, size)[None], None if mask is None else mask[None], [label], [record.kind])
+        images = resize(image, (size, size))[None]
+        yield Batch(images, None if mask is None else mask[None], [record.label], [record.kind])
+
+
+def labelled(root: Path) -> dict[str, list[Record]]:
+    """The test images of a dataset by class. Raises ValueError as evaluate.py does, or without labels."""
+    classes: dict[str, list[Record]] = {}
+    for record in checked(*read_dataset(root)[1:], skip=False)[0]:
+        if record.label is None:
+            raise ValueError(f"{record.path} has no label: nothing to measure against")
+        classes.setdefault(record.cls, []).append(record)
+    return classes
 
 
 def contrast(scale: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -196,12 +206,13 @@ def contrast(scale: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def measure(
-    methods: dict[str, Callable], batches: Iterator[Batch], limit: float | None = None
+    methods: dict[str, Callable], batches: Iterable[Batch], limit: float | None = None
 ) -> dict[str, dict[str, Row]]:
-    """For each method, a row for "all" images and one for each kind of defect beside all normal images."""
-    labels, kinds = [], []
+    """For each method a row for "all" images; for the first also one for each kind of defect, beside all the
+    normal images. Map values must lie in [-4, 4], the range of two tapped layers."""
+    labels, kinds, pixels = [], [], {}
     scores = {name: [] for name in methods}
-    pixels: dict[tuple[str, str], PixelHistogram] = {}
+    first = next(iter(methods))
     for batch in batches:
         batch_kinds = [kind if label else "" for kind, label in zip(batch.kinds, batch.labels, strict=True)]
         labels, kinds = labels + batch.labels, kinds + batch_kinds
@@ -211,18 +222,19 @@ def measure(
             if batch.masks is None:
                 continue
             maps = upsample(maps[:, None], batch.masks.shape[-2:])[:, 0].cpu()
-            for kind in set(batch_kinds):
-                chosen = torch.tensor([k == kind for k in batch_kinds])
+            parts = batch_kinds if name == first else [""] * len(maps)
+            for kind in set(parts):
+                chosen = torch.tensor([part == kind for part in parts])
                 histogram = pixels.setdefault((name, kind), PixelHistogram(-4, 4, bins=2**18))
                 histogram.update(maps[chosen], batch.masks[chosen])
     label, kind_of, found = np.array(labels), np.array(kinds), {}
     for name in methods:
         found[name], score = {}, np.array(scores[name])
-        for kind in ["all", *sorted({k for k in kinds if k})]:
+        for kind in ["all", *sorted({k for k in kinds if k and name == first})]:
             chosen = np.ones(len(label), bool) if kind == "all" else (label == 0) | (kind_of == kind)
             merged = PixelHistogram(-4, 4, bins=2**18)
-            for (other, of), histogram in pixels.items():
-                if other == name and (kind == "all" or of in ("", kind)):
+            for (other, part), histogram in pixels.items():
+                if other == name and (kind == "all" or part in ("", kind)):
                     merged.merge(histogram)
             values = [*image_metrics(label[chosen], score[chosen]).values()]
             values += merged.metrics().values() if pixels else [None] * 4
@@ -239,8 +251,9 @@ def chance(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(x[:, 0]), torch.zeros(len(x))
 
 
-def report(model: VisualAD, name: str, batches: Iterator[Batch]) -> str:
-    """The table of one set of images: the model, also by kind of defect, and what it has to beat."""
+def report(model: VisualAD, name: str, batches: Iterable[Batch]) -> str:
+    """The table of one set of images: the model, also by kind of defect, and what it has to beat. Of the
+    contrasts the one of the best image AUROC."""
     torch.manual_seed(SEED)
     methods = {"tiny": model.infer, "untrained": VisualAD("tiny").to(find_device()).infer, "chance": chance}
     for scale in (1, 2, 4, 8):
@@ -250,35 +263,66 @@ def report(model: VisualAD, name: str, batches: Iterator[Batch]) -> str:
     lines = [f"| {name} | {' | '.join(HEADS)} |", "|---" * (len(HEADS) + 1) + "|"]
     for method in ("tiny", "untrained", best, "chance"):
         for kind, row in found[method].items():
-            if method == "tiny" or kind == "all":
-                label = f"**{method}**" if (method, kind) == ("tiny", "all") else method
-                label = f"{method}: {kind}" if kind != "all" else label
-                shown = ["-" if value is None else f"{value:.1f}" for value in row[2:-1]]
-                flagged = " / ".join(f"{100 * rate:.1f}" for rate in row.flagged) if method == "tiny" else ""
-                lines.append(
-                    f"| {label} | {row.images} / {row.anomalous} | {' | '.join(shown)} | {flagged} |"
-                )
+            label = method if kind == "all" else f"{method}: {kind}"
+            shown = ["-" if value is None else f"{value:.1f}" for value in row[2:-1]]
+            flagged = " / ".join(f"{100 * rate:.1f}" for rate in row.flagged) if method == "tiny" else ""
+            lines.append(f"| {label} | {row.images} / {row.anomalous} | {' | '.join(shown)} | {flagged} |")
     return "\n".join(lines)
+
+
+def gallery(model: VisualAD, count: int = 400) -> bytes:
+    """A PNG of held-out pictures picked by rank alone, as image, mask and heatmap. Left: of the anomalous
+    ones found, the quartiles by score. Right: of the missed, the median and last; the worst false alarm."""
+    shown = []
+    for batch in procedural(REPORT, count, model.image_size):
+        maps, scores = model.infer(batch.images.to(find_device()))
+        shown += zip(scores.tolist(), batch.labels, batch.images, maps.cpu(), batch.masks, strict=True)
+    shown.sort(key=lambda entry: entry[0])
+    limit = model.threshold["value"]
+    found = [entry for entry in shown if entry[1] and entry[0] > limit]
+    missed = [entry for entry in shown if entry[1] and entry[0] <= limit]
+    left = [found[len(found) * k // 4] for k in (3, 2, 1)]
+    right = [missed[len(missed) // 2], missed[0], [entry for entry in shown if not entry[1]][-1]]
+    strips = [
+        [Image.open(io.BytesIO(strip(x, heat, mask, model.display_high))) for _, _, x, heat, mask in column]
+        for column in (left, right)
+    ]
+    w, h = strips[0][0].width + 24, strips[0][0].height + 8
+    whole, png = Image.new("RGB", (2 * w - 24, 3 * h - 8), "white"), io.BytesIO()
+    for i, column in enumerate(strips):
+        for j, panel in enumerate(column):
+            whole.paste(panel, (i * w, j * h))
+    whole.save(png, "PNG", optimize=True)
+    return png.getvalue()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="measure the bundled model instead of training")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="datasets that evaluate.py reads")
-    parser.add_argument("--images", type=int, default=400_000, help="how many to draw and train on")
+    parser.add_argument(
+        "--pictures", type=Path, help="also write three successes and three failures to this PNG"
+    )
+    parser.add_argument("--images", type=int, default=130_000, help="how many to draw and train on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of tiny.safetensors")
     args = parser.parse_args()
+    roots = [Path(__file__).parent.parent / "examples", *args.data]
+    sets = {root.resolve().name: labelled(root) for root in roots}
     if not args.report:
-        model = train(args.images, args.batch, args.lr, args.workers, args.out)
+        model = train(args.images, args.batch, args.lr, args.workers)
         decide(model)
         save(model, args.out)
     model = VisualAD.from_pretrained(args.out / "tiny.safetensors", device=find_device())
-    print(report(model, "procedural", procedural(REPORT, 2000)))
-    for root in [Path(__file__).parent.parent / "examples", *args.data]:
-        print(f"\n{report(model, root.name, real(root))}")
+    if args.pictures:
+        write_atomic(args.pictures, gallery(model))
+    print(report(model, "procedural", procedural(REPORT, 2000, model.image_size)))
+    for name, classes in sets.items():
+        for cls, records in classes.items():
+            title = name if len(classes) == 1 else f"{name}, {cls}"
+            print(f"\n{report(model, title, real(records, model.image_size))}")
 
 
 if __name__ == "__main__":
