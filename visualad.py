@@ -152,16 +152,12 @@ class ViT(nn.Module):
 
     def __init__(self, cfg: Backbone):
         super().__init__()
-        self.cfg, stem, widths = cfg, [], (3, *cfg.stem)
-        for before, width in zip(widths, cfg.stem, strict=False):
+        self.cfg, stem, pairs = cfg, [], [*zip((3, *cfg.stem), cfg.stem, strict=False)]
+        for a, b in pairs:
             # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.
-            conv = nn.Conv2d(before, width, 3, 1 + (before < width), 1)
-            stem += [conv, nn.InstanceNorm2d(width, affine=True), nn.GELU()]
-        self.stem, side = (
-            nn.Sequential(*stem),
-            cfg.patch // 2 ** sum(a < b for a, b in zip(widths, cfg.stem, strict=False)),
-        )
-        self.patch_embed = nn.Conv2d(widths[-1], cfg.width, side, side, bias=cfg.patch_bias)
+            stem += [nn.Conv2d(a, b, 3, 1 + (a < b), 1), nn.InstanceNorm2d(b, affine=True), nn.GELU()]
+        self.stem, side = nn.Sequential(*stem), cfg.patch // 2 ** sum(a < b for a, b in pairs)
+        self.patch_embed = nn.Conv2d((3, *cfg.stem)[-1], cfg.width, side, side, bias=cfg.patch_bias)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + cfg.grid**2, cfg.width))
         self.register_tokens = nn.Parameter(0.02 * torch.randn(1, cfg.registers, cfg.width))
@@ -202,8 +198,7 @@ class SCA(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.norm_q, self.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
         self.gate, self.out = nn.Linear(width, anchors), nn.Linear(width, width)
-        self.alpha = nn.Parameter(torch.tensor([0.01]))
-        self.dropout = nn.Dropout(dropout)
+        self.alpha, self.dropout = nn.Parameter(torch.tensor([0.01])), nn.Dropout(dropout)
         for linear in (self.q, self.k, self.v, self.out):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(self.out.bias)
@@ -517,9 +512,8 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     )
     fields |= dict(patch_bias="patch_embed.bias" in state, layer_scale="blocks.0.ls1" in state)
     fields["depth"] = sum(k.endswith(".fc2.weight") for k in state)
-    fields["patch"] = state["patch_embed.weight"].shape[-1] * 2 ** sum(
-        a < b for a, b in zip((3, *stem), stem, strict=False)
-    )
+    halved = sum(a < b for a, b in zip((3, *stem), stem, strict=False))
+    fields["patch"] = state["patch_embed.weight"].shape[-1] * 2**halved
     return {**fields, "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
 
 

@@ -197,7 +197,8 @@ class Brightness:
 def test_the_threshold_flags_a_twentieth_of_the_selected_normals():
     model = Brightness()
     tiny.decide(model, count=120)
-    pairs = [(x, m.any()) for x, m, _ in tiny.Pictures(pictures.SELECT, 120, 48)]
+    drawn = tiny.Pictures(pictures.SELECT, 120, 48)
+    pairs = [(drawn[i][0], drawn[i][1].any()) for i in range(120)]
     normal = np.array([x.mean().item() for x, anomalous in pairs if not anomalous])
     assert (normal > model.threshold["value"] + 1e-6).sum() == int(0.05 * len(normal))
     peaks = [x.mean(dim=0).max().item() for x, anomalous in pairs if anomalous]
@@ -250,7 +251,7 @@ def test_the_table_holds_the_model_its_kinds_and_what_it_has_to_beat():
     found = cells(tiny.report(model, "drawn", batches))
     rows = list(found)
     kinds = {f"tiny: {kind}" for b in batches for kind in b.kinds if kind != "good"}
-    assert rows[:3] == ["drawn", "---|---|---|---|---|---|---|---|---|---|", "tiny"] and kinds <= set(rows)
+    assert (rows[0], rows[2]) == ("drawn", "tiny") and kinds <= set(rows)
     assert found["tiny"][-1] == "100.0 / 100.0"
     assert found["untrained"][1:8] != found["tiny"][1:8]  # another seed's weights, not the model's own
     contrasts = {f"contrast, {s} px": tiny.contrast(s) for s in (1, 2, 4, 8)}
