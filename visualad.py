@@ -85,10 +85,9 @@ class Backbone:
         return cls(**{**read_sizes(backbone_state(state)), **overrides})
 
 
-CLIP = dict(
-    activation="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False, layer_scale=False,
-    resample="bilinear", mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
-)  # fmt: skip
+CLIP = dict(activation="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False, layer_scale=False,
+            resample="bilinear", mean=(0.48145466, 0.4578275, 0.40821073),
+            std=(0.26862954, 0.26130258, 0.27577711))  # fmt: skip
 BACKBONES = {
     "tiny": Backbone(128, 3, 2, 8, 28, stem=(32, *[64] * 4, *[128] * 4), layer_scale=False, image_size=224,
                      layers=(1, 3)),
@@ -178,8 +177,9 @@ class ViT(nn.Module):
         positions = resample(positions.unflatten(0, (cfg.grid, cfg.grid)), (h, w), cfg.resample)  # [N, D]
         prefix = cls if guests is None else torch.cat([guests.to(cls.dtype), cls])
         prefix = torch.cat([prefix + cls_position, self.register_tokens[0]])  # [P, D]; registers: no position
-        x = self.patch_embed(self.stem(x.to(prefix.dtype))).flatten(2).mT + positions  # [B, N, D]
-        z, out = self.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)), {}  # [B, S, D]
+        x, embed = self.stem(x.to(prefix.dtype)), self.patch_embed  # below: conv2d would round by the threads
+        x = F.linear(F.unfold(x, embed.stride, stride=embed.stride).mT, embed.weight.flatten(1), embed.bias)
+        z, out = self.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), x + positions], dim=1)), {}
         for layer, block in enumerate(self.blocks, 1):
             z = block(z)
             if layer in layers or layer == cfg.depth:

@@ -27,16 +27,6 @@ from visualad import VisualAD
 SETTINGS = ["--size", "64", "--batch-size", "4", "--workers", "0"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """As torchrun sets it: the last digits of a convolution depend on the number of threads."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """MVTec's layout: two classes, 11 and 9 images, so that neither 2, 3 nor the batch divides them."""

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -72,6 +72,17 @@ def test_outlines_are_those_of_the_split(monkeypatch):
         monkeypatch.setattr(pictures, "OUTLINES", {split: outlines[split]})  # any other: KeyError
         for i in range(30):
             pictures.sample(np.random.default_rng([4, i]), 64, split)
+
+
+@pytest.mark.parametrize(
+    "name, i", [("anomalous/drawn-1", 2), ("anomalous/drawn-2", 3), ("anomalous/drawn-3", 5),
+                ("normal/drawn-1", 0), ("normal/drawn-2", 1)],
+)  # fmt: skip
+def test_the_drawn_examples_are_what_their_readme_says(name, i):
+    image, mask, _ = pictures.sample(np.random.default_rng([tiny.SEED, 3, i]), 256, pictures.REPORT)
+    assert mask.any() == name.startswith("anomalous")
+    shown = np.asarray(Image.open(ROOT / "examples" / f"{name}.png"))
+    assert np.abs(shown.astype(int) - image).max() <= 2  # numpy's versions round in their own ways
 
 
 def fitted(rng, size, split, scene=pictures._single):

@@ -42,7 +42,7 @@ from visualad import (  # noqa: E402
 from weights.pictures import REPORT, SELECT, TRAIN, sample  # noqa: E402
 
 SEED = 111
-STAGES = ((160, 0.85), (224, 0.15))  # px and share of the images: the small ones are three times as fast
+STAGES = ((160, 0.85), (224, 0.15))  # px and share of the images: the small ones are over twice as fast
 SCALE = 8.0  # of map values in the loss: plain cosine differences saturate the sigmoid late
 ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH])
 
@@ -110,9 +110,8 @@ def train(images: int, batch: int, lr: float, workers: int, held_out: int = 500)
             rate = step * batch / (time.time() - start)
             print(f"{step * batch:7d} images  loss {running:.4f}  {rate:.0f} images/s", flush=True)
         if step % 2000 == 0 or step == steps:
-            row = measure({"tiny": average.module.infer}, procedural(SELECT, held_out, model.image_size))[
-                "tiny"
-            ]["all"]
+            found = measure({"tiny": average.module.infer}, procedural(SELECT, held_out, model.image_size))
+            row = found["tiny"]["all"]
             figures = f"image AUROC {row.image_auroc}  pixel AUROC {row.pixel_auroc}  AP {row.pixel_ap}"
             print(f"select: {figures}", flush=True)
     return average.module
@@ -300,9 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="measure the bundled model instead of training")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="datasets that evaluate.py reads")
-    parser.add_argument(
-        "--pictures", type=Path, help="also write three successes and three failures to this PNG"
-    )
+    parser.add_argument("--pictures", type=Path, help="also write three finds and three failures to this PNG")
     parser.add_argument("--images", type=int, default=130_000, help="how many to draw and train on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
