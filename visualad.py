@@ -177,8 +177,8 @@ class ViT(nn.Module):
         positions = resample(positions.unflatten(0, (cfg.grid, cfg.grid)), (h, w), cfg.resample)  # [N, D]
         prefix = cls if guests is None else torch.cat([guests.to(cls.dtype), cls])
         prefix = torch.cat([prefix + cls_position, self.register_tokens[0]])  # [P, D]; registers: no position
-        x, embed = self.stem(x.to(prefix.dtype)), self.patch_embed  # below: conv2d would round by the threads
-        x = F.linear(F.unfold(x, embed.stride, stride=embed.stride).mT, embed.weight.flatten(1), embed.bias)
+        x, p = self.stem(x.to(prefix.dtype)), self.patch_embed  # a 1 x 1 conv2d would round by the threads:
+        x = p(x).flatten(2).mT if p.stride[0] > 1 else F.linear(x.flatten(2).mT, p.weight[..., 0, 0], p.bias)
         z, out = self.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), x + positions], dim=1)), {}
         for layer, block in enumerate(self.blocks, 1):
             z = block(z)

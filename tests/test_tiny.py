@@ -113,7 +113,7 @@ def test_the_mask_is_where_the_picture_changed(split, defect, size):
         assert (change[~near] > 0.02).mean() < 0.02  # the camera sees the rest as it was
         covered, idle = covered + mask.sum(), idle + (mask & (change < 0.01)).sum()
     assert seen >= 4
-    assert idle < 0.45 * covered  # what did not change is no defect
+    assert idle < 0.35 * covered  # what did not change is no defect
 
 
 @pytest.mark.parametrize("area", [1, 0.6])
@@ -207,12 +207,13 @@ class Brightness:
 
 def test_the_threshold_flags_a_twentieth_of_the_selected_normals():
     model = Brightness()
+    model.infer = lambda x: (x[:, 0] * x.std(dim=(1, 2, 3))[:, None, None], x.mean(dim=(1, 2, 3)))
     tiny.decide(model, count=120)
     drawn = tiny.Pictures(pictures.SELECT, 120, 48)
     pairs = [(drawn[i][0], drawn[i][1].any()) for i in range(120)]
     normal = np.array([x.mean().item() for x, anomalous in pairs if not anomalous])
     assert (normal > model.threshold["value"] + 1e-6).sum() == int(0.05 * len(normal))
-    peaks = [x.mean(dim=0).max().item() for x, anomalous in pairs if anomalous]
+    peaks = [(x[0].max() * x.std()).item() for x, anomalous in pairs if anomalous]
     assert model.display_high == pytest.approx(np.quantile(peaks, 0.9), abs=1e-5)
     assert model.threshold["size"] == [48, 48] and str(len(normal)) in model.threshold["made"]
 
