@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from visualad import Backbone, VisualAD
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would ignore it
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
