@@ -22,6 +22,7 @@ TRAIN, SELECT, REPORT = 0, 1, 2  # decisions are made on SELECT, REPORT is read 
 
 Array = np.ndarray
 Rng = np.random.Generator
+Silhouette = Callable[[Array, Array], Array]  # x, y -> signed distance
 Defect = tuple[Array, Array]  # the picture with the defect, and the pixels it may have touched
 
 
@@ -319,7 +320,7 @@ def _texture(rng: Rng, size: int, look: Look, calm: float = 0.0) -> tuple[Array,
     return np.clip(base + step.astype(np.float32) * np.clip(field, -3, 3), 0, 1), kind in REGULAR
 
 
-# ---- objects: signed distances (below 0 inside), unit radius
+# ---- objects: signed distances (below 0 inside), unit radius. To add one, list it in OUTLINES.
 
 
 def _box(x: Array, y: Array, w: float, h: float, r: float) -> Array:
@@ -328,47 +329,92 @@ def _box(x: Array, y: Array, w: float, h: float, r: float) -> Array:
     return np.hypot(np.maximum(a, 0), np.maximum(b, 0)) + np.minimum(np.maximum(a, b), 0) - r
 
 
-OUTLINES = {TRAIN: range(9), SELECT: (9, 10), REPORT: (11, 12)}  # kinds below
+class Form(NamedTuple):
+    """The measures that a silhouette picks from."""
+
+    slim: float
+    round: float
+    count: int
+    phases: Array
 
 
-def _outline(rng: Rng, split: int) -> Callable[[Array, Array], Array]:
-    """A random silhouette as a signed distance function."""
-    kind, a, n = int(rng.choice(OUTLINES[split])), rng.uniform(0.3, 1), int(rng.integers(3, 9))
-    r, p = rng.uniform(0.02, 0.4), rng.uniform(0, 6.3, 5)
-    if kind <= 1:
-        return lambda x, y: np.hypot(x, y) - 1
-    if kind == 2:
-        return lambda x, y: _box(x, y, 1, a, r * a)
-    if kind == 3:
-        return lambda x, y: _box(x, y, 1, a * 0.6, a * 0.6)
-    if kind == 4:
-        return lambda x, y: np.max([_turn(x, y, 2 * np.pi * k / n)[0] for k in range(n)], 0) - 0.85
-    if kind == 5:
-        teeth = int(rng.integers(6, 24))
-        return lambda x, y: np.hypot(x, y) - 0.92 - 0.08 * np.tanh(4 * np.cos(teeth * np.arctan2(y, x)))
-    if kind == 6:
-        return lambda x, y: np.minimum(
-            _box(x, y - 0.3, 0.5 * a + 0.1, 0.7, r * 0.5), _box(x, y, 0.2, 1, 0.05)
-        )
-    if kind == 7:
-        return lambda x, y: (
-            np.hypot(x, y / (0.5 + a / 2))
-            - 0.85
-            - sum(r * 0.3 / k * np.cos(k * np.arctan2(y, x) + p[k]) for k in range(2, 5))
-        )
-    if kind == 9:
-        return lambda x, y: np.minimum(_box(x, y, 1, a * 0.4, r * 0.3), _box(x, y, a * 0.4, 1, r * 0.3))
-    if kind == 10:
-        return lambda x, y: np.hypot(x, y * (0.7 + a)) - 0.55 + 0.4 * y
-    if kind == 11:
-        return lambda x, y: 0.6 * (np.hypot(x, y) - 0.7 - 0.25 * np.cos(n * np.arctan2(y, x)))
-    if kind == 12:
-        return lambda x, y: np.minimum(
-            _box(x + 0.75, y, 0.2, 1, r * 0.3), _box(x, y - 0.75, 0.95, 0.2 + a * 0.1, r * 0.3)
-        )
+def _disc(rng: Rng, f: Form) -> Silhouette:
+    return lambda x, y: np.hypot(x, y) - 1
+
+
+def _plate(rng: Rng, f: Form) -> Silhouette:
+    return lambda x, y: _box(x, y, 1, f.slim, f.round * f.slim)
+
+
+def _pill(rng: Rng, f: Form) -> Silhouette:
+    return lambda x, y: _box(x, y, 1, f.slim * 0.6, f.slim * 0.6)
+
+
+def _polygon(rng: Rng, f: Form) -> Silhouette:
+    turns = [2 * np.pi * k / f.count for k in range(f.count)]
+    return lambda x, y: np.max([_turn(x, y, turn)[0] for turn in turns], 0) - 0.85
+
+
+def _gear(rng: Rng, f: Form) -> Silhouette:
+    teeth = int(rng.integers(6, 24))
+    return lambda x, y: np.hypot(x, y) - 0.92 - 0.08 * np.tanh(4 * np.cos(teeth * np.arctan2(y, x)))
+
+
+def _bottle(rng: Rng, f: Form) -> Silhouette:
     return lambda x, y: np.minimum(
-        _box(x, y + 0.85, 0.35, 0.15, 0.04), _box(x, y, 0.13 + 0.04 * np.abs((y * n * 3) % 1 - 0.5), 1, 0.02)
+        _box(x, y - 0.3, 0.5 * f.slim + 0.1, 0.7, f.round * 0.5), _box(x, y, 0.2, 1, 0.05)
     )
+
+
+def _pebble(rng: Rng, f: Form) -> Silhouette:
+    def distance(x: Array, y: Array) -> Array:
+        way = np.arctan2(y, x)
+        bumps = sum(f.round * 0.3 / k * np.cos(k * way + f.phases[k]) for k in range(2, 5))
+        return np.hypot(x, y / (0.5 + f.slim / 2)) - 0.85 - bumps
+
+    return distance
+
+
+def _screw(rng: Rng, f: Form) -> Silhouette:
+    def distance(x: Array, y: Array) -> Array:
+        shaft = _box(x, y, 0.13 + 0.04 * np.abs((y * f.count * 3) % 1 - 0.5), 1, 0.02)
+        return np.minimum(_box(x, y + 0.85, 0.35, 0.15, 0.04), shaft)
+
+    return distance
+
+
+def _cross(rng: Rng, f: Form) -> Silhouette:
+    return lambda x, y: np.minimum(
+        _box(x, y, 1, f.slim * 0.4, f.round * 0.3), _box(x, y, f.slim * 0.4, 1, f.round * 0.3)
+    )
+
+
+def _drop(rng: Rng, f: Form) -> Silhouette:
+    return lambda x, y: np.hypot(x, y * (0.7 + f.slim)) - 0.55 + 0.4 * y
+
+
+def _flower(rng: Rng, f: Form) -> Silhouette:
+    return lambda x, y: 0.6 * (np.hypot(x, y) - 0.7 - 0.25 * np.cos(f.count * np.arctan2(y, x)))
+
+
+def _bracket(rng: Rng, f: Form) -> Silhouette:
+    return lambda x, y: np.minimum(
+        _box(x + 0.75, y, 0.2, 1, f.round * 0.3), _box(x, y - 0.75, 0.95, 0.2 + f.slim * 0.1, f.round * 0.3)
+    )
+
+
+OUTLINES = {
+    TRAIN: [_disc, _disc, _plate, _pill, _polygon, _gear, _bottle, _pebble, _screw],
+    SELECT: [_cross, _drop],
+    REPORT: [_flower, _bracket],
+}
+
+
+def _outline(rng: Rng, split: int) -> Silhouette:
+    """A random silhouette of the split."""
+    kind = OUTLINES[split][rng.choice(len(OUTLINES[split]))]
+    slim, count = rng.uniform(0.3, 1), int(rng.integers(3, 9))
+    return kind(rng, Form(slim, rng.uniform(0.02, 0.4), count, rng.uniform(0, 6.3, 5)))
 
 
 def _object(rng: Rng, size: int, look: Look) -> Callable[[Array, Array, Array, float], tuple[Array, Array]]:
@@ -390,6 +436,7 @@ def _object(rng: Rng, size: int, look: Look) -> Callable[[Array, Array, Array, f
     )
     ink, printed, stretch = _colour(rng, look.sat * 1.5), rng.random() < 0.3, rng.uniform(0.5, 4)
     mark = rng.random((int(rng.integers(1, 9)), int(rng.integers(3, 14)))) < rng.uniform(0.3, 0.7)
+    mark |= mark[:, ::-1]  # symmetry tells a print from a stain
     mark_w = rng.uniform(0.15, 0.5)
 
     def draw(x: Array, y: Array, back: Array, px: float) -> tuple[Array, Array]:
@@ -485,9 +532,9 @@ def _grooves(rng: Rng, img: Array, look: Look) -> Array:
 
 
 def _holes(rng: Rng, img: Array, look: Look) -> Array:
-    """One true circle or ring, or a few placed with symmetry: holes, screws, pins, lenses."""
+    """One true circle or ring, or a few placed with symmetry: holes, screws, pins; larger than spots."""
     size, (x, y) = img.shape[-1], _axes(img.shape[-1])
-    r, ink, rim = _log_uniform(rng, 0.05, 0.3), _colour(rng, look.sat), rng.normal() * 0.4
+    r, ink, rim = _log_uniform(rng, 0.09, 0.3), _colour(rng, look.sat), rng.normal() * 0.4
     a, b = rng.uniform(-0.8, 0.8, 2)
     mirror, ring = int(rng.integers(3)), rng.random() < 0.25
     at = [(a, b)] + [(-a, b)] * (mirror > 0) + [(a, -b), (-a, -b)] * (mirror > 1)
@@ -505,7 +552,8 @@ def _text(rng: Rng, img: Array, look: Look) -> Array:
     high, wide = int(rng.integers(3, size // 8)), int(rng.integers(2, size // 12))
     rows, length = int(rng.choice([1, 2, 4])), int(rng.integers(4, 20))
     gap, fill, pitch = max(wide // 3, 1), rng.uniform(0.35, 0.65), high + max(high // 3, 2)
-    top, left = rng.integers(0, size, 2) - [0, length * wide // 2]
+    top = int(rng.integers(0, max(size - rows * pitch, 1)))  # whole where it fits: one glyph is a stain
+    left = int(rng.integers(0, max(size - length * (wide + gap), 1)))
     out = img.copy()
     if rng.random() < 0.3:
         tall, long = rows * pitch, length * (wide + gap)
@@ -613,7 +661,7 @@ def _board(rng: Rng, size: int, look: Look) -> Scene:
     img = _texture(rng, size, look, 0.8)[0]
     back, (x, y) = img.copy(), _axes(size)
     kinds = [(rng.integers(2, size // 4, 2), _colour(rng, look.sat), rng.random() < 0.3) for _ in range(4)]
-    for _ in range(int(rng.integers(4, 26))):
+    for _ in range(int(rng.integers(10, 30))):
         (w, h), ink, round_ = kinds[rng.integers(4)]
         h = w if round_ else h
         if rng.random() < 0.3:
@@ -907,7 +955,7 @@ def _beads(rng: Rng, scene: Scene, gain: float) -> Defect:
 
 DEFECTS = {
     TRAIN: [
-        (_scratch, 0.15), (_crack, 0.09), (_fray, 0.05), (_spots, 0.18), (_stain, 0.1), (_shade, 0.03),
+        (_scratch, 0.15), (_crack, 0.09), (_fray, 0.05), (_spots, 0.18), (_stain, 0.1), (_shade, 0.06),
         (_tint, 0.05), (_paste, 0.07), (_foreign, 0.09), (_erase, 0.05), (_chip, 0.07), (_smear, 0.03),
         (_warp, 0.03), (_rough, 0.07),
     ],
