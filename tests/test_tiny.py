@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 
 import numpy as np
@@ -180,8 +181,130 @@ def test_at_scale_one_the_loss_is_the_authors(golden, monkeypatch):
         final_norm="checkpoint",
     )
     monkeypatch.setattr(tiny, "SCALE", 1.0)
+    monkeypatch.setattr(tiny, "DENSE", 0.0)
     value = tiny.loss(model(golden["images"]), golden["train/masks"] > 0.5)
     assert value.item() == pytest.approx(golden["train/loss/total"].item(), rel=1e-3)
+
+
+def test_the_loss_adds_the_cross_entropy_of_every_pixel(monkeypatch):
+    torch.manual_seed(0)
+    out, mask = VisualAD("tiny")(torch.rand(3, 3, 48, 48)), torch.rand(3, 48, 48) < 0.2
+    whole = tiny.loss(out, mask).item()
+    monkeypatch.setattr(tiny, "DENSE", 0.0)
+    q = 1 / (1 + np.exp(-8.0 * out.layer_maps.double().detach().numpy()))
+    truth = mask[:, None].numpy()
+    dense = np.where(truth, -4 * np.log(q), -np.log(1 - q)).mean()
+    assert whole - tiny.loss(out, mask).item() == pytest.approx(4 * dense, rel=1e-4)
+
+
+def test_attention_starts_with_a_look_at_its_likes_and_takes_them_away():
+    torch.manual_seed(0)
+    model = VisualAD("tiny")
+    tiny.mimic(model)
+    for block in model.backbone.blocks:
+        q, k, v = block.qkv.weight.detach().chunk(3)
+        off = ~torch.eye(len(q), dtype=torch.bool)
+        for a, b in zip(q.chunk(2), k.chunk(2), strict=True):
+            likeness = a.T @ b
+            assert likeness.diag().mean() > 0.25 and likeness[off].mean().abs() < 0.02
+        taken = block.proj.weight.detach() @ v
+        assert taken.diag().mean() == pytest.approx(-0.4, abs=0.05) and taken[off].mean().abs() < 0.02
+
+
+def test_the_rate_rises_stays_and_falls_in_the_last_stage():
+    paces = [tiny.pace(step, 2000, 300) for step in range(1, 2001)]
+    assert paces[0] == 1 / 500 and paces[249] == 0.5
+    assert set(paces[499:1701]) == {1.0} and paces[1850] == 0.5 and paces[-1] == 1 / 300
+
+
+def small(monkeypatch):
+    """A training that takes seconds: three quarters at 48 px, its state kept every third step."""
+    monkeypatch.setattr(tiny, "STAGES", ((48, 0.75), (64, 0.25)))
+    monkeypatch.setattr(tiny, "WARM_UP", 4)
+    monkeypatch.setattr(tiny, "KEEP", 3)
+    monkeypatch.setattr(tiny, "AVERAGE", 0.0)  # the last weights themselves
+
+
+def test_a_resumed_training_is_the_unbroken_one(monkeypatch, tmp_path):
+    small(monkeypatch)
+    state, options = tmp_path / "tiny.state", dict(batch=4, lr=1e-3, workers=0, held_out=25)
+    unbroken = tiny.train(images=32, **options).state_dict()
+    tiny.train(images=16, **options, state=state)
+    assert torch.load(state, weights_only=True)["step"] == 3  # before the first training's last stage
+    drawn, real = [], tiny.sample
+    monkeypatch.setattr(
+        tiny, "sample", lambda rng, size, split: drawn.append(split) or real(rng, size, split)
+    )
+    resumed = tiny.train(images=32, **options, state=state).state_dict()
+    assert drawn.count(pictures.TRAIN) == 32 - 3 * 4 + 8  # eight tell which pictures they are
+    assert torch.load(state, weights_only=True)["step"] == 6
+    for name, value in unbroken.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (dict(images=16), "has seen 24 images; of 16 only 12"),
+        (dict(lr=2e-3), "another run: lr 0.001, now 0.002"),
+        (dict(batch=8), "another run: batch 4, now 8"),
+    ],
+)
+def test_a_state_of_another_training_is_refused(monkeypatch, tmp_path, wrong, told):
+    small(monkeypatch)
+    state, options = tmp_path / "tiny.state", dict(images=32, batch=4, lr=1e-3, workers=0, held_out=25)
+    tiny.train(**options, state=state)
+    before = state.read_bytes()
+    with pytest.raises(ValueError, match=told):
+        tiny.train(**{**options, **wrong}, state=state)
+    assert state.read_bytes() == before
+
+
+def test_other_pictures_are_another_training(monkeypatch, tmp_path):
+    small(monkeypatch)
+    state, options = tmp_path / "tiny.state", dict(images=32, batch=4, lr=1e-3, workers=0, held_out=25)
+    tiny.train(**options, state=state)
+    monkeypatch.setitem(pictures.TEXTURES, pictures.TRAIN, pictures.TEXTURES[pictures.TRAIN][:3])
+    with pytest.raises(ValueError, match="another run: drawn"):
+        tiny.train(**options, state=state)
+
+
+def test_too_few_images_make_no_model():
+    with pytest.raises(ValueError, match="8 images in batches of 16"):
+        tiny.train(images=8, batch=16, lr=1e-3, workers=0)
+
+
+def test_two_processes_take_the_steps_of_one(monkeypatch, tmp_path):
+    small(monkeypatch)
+    alone = tiny.train(images=32, batch=4, lr=1e-3, workers=0, held_out=25).state_dict()
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"""import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from weights import tiny
+tiny.STAGES, tiny.WARM_UP, tiny.AVERAGE = ((48, 0.75), (64, 0.25)), 4, 0.0
+seen, real = [], tiny.Pictures.__getitem__
+tiny.Pictures.__getitem__ = lambda self, i: (seen.append((self.size, self.split, i)), real(self, i))[1]
+torch.distributed.init_process_group("gloo")
+model = tiny.train(images=32, batch=4, lr=1e-3, workers=0, held_out=25)
+torch.save((seen, model.state_dict()), {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}.pt")
+torch.distributed.destroy_process_group()
+"""
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    subprocess.run(launch, check=True, timeout=300)
+    seen, shares = zip(
+        *(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)), strict=True
+    )
+    for rank, own in enumerate(seen):
+        for size, indices in ((48, range(24)), (64, range(24, 32))):
+            trained = [i for side, split, i in own if (side, split) == (size, pictures.TRAIN)]
+            assert trained[8 * (size == 64) :] == list(indices)[rank::2]  # eight tell which pictures they are
+    assert all(torch.equal(shares[0][name], shares[1][name]) for name in alone)
+    together, alone = (torch.cat([x.flatten() for x in d.values()]) for d in (shares[0], alone))
+    assert (
+        together - alone
+    ).abs().mean() < 1e-3  # 0.002 where both take the same images: bf16 rounds by the batch
 
 
 def test_a_short_training_writes_a_model_that_loads(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Trains the bundled model on procedural pictures alone, and measures it.
 
     python weights/tiny.py                        # train, choose the threshold, write the model, report
+    torchrun --nproc_per_node 2 weights/tiny.py --workers 0 --resume     # faster on two cores
     python weights/tiny.py --report --data ROOT   # measure the model, also on datasets of real images
 
 No real image and no downloaded weight is used, and a picture is a function of (SEED, split, index) alone.
@@ -21,13 +22,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this script lies beside the module, not in it
-from evaluate import PixelHistogram, Record, checked, image_metrics, read, read_dataset, strip  # noqa: E402
+from evaluate import (  # noqa: E402
+    PixelHistogram,
+    Record,
+    checked,
+    guarded,
+    image_metrics,
+    load_state,
+    ranks,
+    read,
+    read_dataset,
+    strip,
+)
 from train import loss_terms  # noqa: E402
 from visualad import (  # noqa: E402
     Output,
@@ -43,7 +57,11 @@ from weights.pictures import REPORT, SELECT, TRAIN, sample  # noqa: E402
 
 SEED = 111
 STAGES = ((160, 0.85), (224, 0.15))  # px and share of the images: the small ones are over twice as fast
+WARM_UP = 500  # steps to the full rate, which stays until the last stage and falls to nothing in it
 SCALE = 8.0  # of map values in the loss: plain cosine differences saturate the sigmoid late
+KEEP = 1000  # steps from one saved state to the next
+DENSE, DEFECT = 4.0, 4.0  # weights of the added cross-entropy and, in it, of a defective pixel
+AVERAGE = 0.999  # how much of the average of the weights a step keeps
 ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH])
 
 
@@ -51,65 +69,133 @@ ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 
 class Pictures(torch.utils.data.Dataset):
-    """`count` procedural images of one split from the `first` on: [3, size, size] in [0, 1], masks, kinds."""
+    """`count` procedural images of one split: [3, size, size] in [0, 1], masks, kinds."""
 
-    def __init__(self, split: int, count: int, size: int, first: int = 0):
-        self.split, self.count, self.size, self.first = split, count, size, first
+    def __init__(self, split: int, count: int, size: int):
+        self.split, self.count, self.size = split, count, size
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        rng = np.random.default_rng([SEED, self.split, self.first + index])
+        rng = np.random.default_rng([SEED, self.split, index])
         image, mask, kind = sample(rng, self.size, self.split)
         return torch.from_numpy(image).permute(2, 0, 1).float() / 255, torch.from_numpy(mask), kind
 
 
 def loss(out: Output, mask: Tensor) -> Tensor:
-    """The paper's loss, its map values multiplied by SCALE."""
-    out = out._replace(score=SCALE * out.score, layer_maps=SCALE * out.layer_maps)
-    return loss_terms(out, mask.float(), mask.flatten(1).any(dim=1).float())["total"]
+    """The paper's loss, its map values multiplied by SCALE, and the cross-entropy of every pixel: a backbone
+    that starts from nothing learns faster with a plain gradient beside those of focal and dice."""
+    logits = SCALE * out.layer_maps
+    truth = mask[:, None].float().expand_as(logits)
+    paper = loss_terms(
+        out._replace(score=SCALE * out.score, layer_maps=logits),
+        mask.float(),
+        mask.flatten(1).any(dim=1).float(),
+    )
+    weight = torch.tensor(DEFECT, device=logits.device)
+    return paper["total"] + DENSE * F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight)
 
 
-def train(images: int, batch: int, lr: float, workers: int, held_out: int = 500) -> VisualAD:
-    """Backbone, tokens, SCA and SAF from scratch; returns the average of the last steps' weights."""
+@torch.no_grad()
+def mimic(model: VisualAD) -> None:
+    """Attention starts half way to what trained ViTs come to: q^T k near 0.7 of the identity (as far as a
+    head's rank goes), so that a patch looks at its likes, and proj v near -0.4 of it, which takes their mean
+    away and leaves what is odd. The form and both figures are from Trockman and Kolter, "Mimetic
+    initialization of self-attention layers", ICML 2023; why it suits anomalies is ours."""
+    for block in model.backbone.blocks:
+        D, heads = model.backbone.cfg.width, model.backbone.cfg.heads
+        q, k, v = block.qkv.weight.chunk(3)
+        u, s, vh = torch.linalg.svd(0.4 * torch.randn(D, D) / D**0.5 - 0.4 * torch.eye(D))
+        v.copy_(s.sqrt()[:, None] * vh)
+        block.proj.weight.copy_(u * s.sqrt())
+        for rows_q, rows_k in zip(q.chunk(heads), k.chunk(heads), strict=True):
+            u, s, vh = torch.linalg.svd(0.7 * torch.randn(D, D) / D**0.5 + 0.7 * torch.eye(D))
+            rows_q.copy_((u * s.sqrt()).T[: D // heads])
+            rows_k.copy_((s.sqrt()[:, None] * vh)[: D // heads])
+
+
+def pace(step: int, total: int, last: int) -> float:
+    """Share of the full rate in a step counted from 1; the last stage has `last` of the `total` steps."""
+    return min(step / WARM_UP, 1.0, (total - step + 1) / max(last, 1))
+
+
+def train(
+    images: int, batch: int, lr: float, workers: int, held_out: int = 500, state: Path | None = None
+) -> VisualAD:
+    """Backbone, tokens, SCA and SAF from scratch; returns the average of the last steps' weights. In a
+    process group each process takes its share of every batch. state: file that keeps the training at full
+    rate, for any number of `images`, and that it goes on from; the last stage, where the rate falls, is not
+    kept. Raises ValueError for images that make no batch, a batch that the processes cannot share equally,
+    and a state of other settings or beyond the last stage's start."""
+    rank, world = ranks()
+    if batch % world or images < batch:
+        raise ValueError(f"{images} images in batches of {batch} cannot be shared by {world} processes")
     torch.manual_seed(SEED)
     device = find_device()
-    model = VisualAD("tiny").requires_grad_(True).to(device)
+    model = VisualAD("tiny").requires_grad_(True)
+    mimic(model)
+    model.to(device)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # no picture is ever seen twice
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=matrices), dict(params=vectors, weight_decay=0)]
     optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.05)
-    steps = images // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
+    counts = [round(share * (images // batch)) for _, share in STAGES]  # steps of each stage
+    total, last = sum(counts), counts[-1]
+    drawn = [int(Pictures(TRAIN, 8, 64)[i][0].sum()) for i in range(8)]  # other pictures, another training
+    fresh = dict(
+        key=dict(batch=batch, lr=lr, loss=[SCALE, DENSE, DEFECT], warm_up=WARM_UP, drawn=drawn), step=0
+    )
+    fresh["key"]["sizes"] = [size for size, _ in STAGES]
+    saved = load_state(state, fresh) if state else fresh
+    if (done := saved["step"]) > total - last:
+        limit = f"{(total - last) * batch} images are left at the full rate"
+        raise ValueError(f"{state} has seen {done * batch} images; of {images} only {limit}")
+    parts = dict(model=model, average=average, optimizer=optimizer)
+    for name, part in parts.items() if done else ():
+        part.load_state_dict(saved[name])
     loaders, first = [], 0
-    for size, share in STAGES:
-        count = round(share * steps) * batch
-        pictures, first = Pictures(TRAIN, count, size, first), first + count
-        loaders.append(torch.utils.data.DataLoader(pictures, batch, num_workers=workers))
+    for (size, _), count in zip(STAGES, counts, strict=True):
+        end = first + count * batch
+        mine = range(max(first, done * batch) + rank, end, world)
+        pictures, first = torch.utils.data.Subset(Pictures(TRAIN, end, size), mine), end
+        loaders.append(torch.utils.data.DataLoader(pictures, batch // world, num_workers=workers))
     # On a CPU the fused attention's backward pass is slow at this size, and so are products in fp32.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     start, running = time.time(), 0.0
-    for step, (x, mask, _) in enumerate(chain(*loaders), 1):
+    for step, (x, mask, _) in enumerate(chain(*loaders), done + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * pace(step, total, last)
         x, mask = x.to(device), mask.to(device)
         with torch.autocast(device, torch.bfloat16), sdpa_kernel(ATTENTION[device == "cpu"]):
             result = model(x)
         value = loss(Output(*(t.float() for t in result)), mask)
         optimizer.zero_grad()
         value.backward()
+        if world > 1:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            flat = nn.utils.parameters_to_vector(gradients)
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat / world, gradients)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         average.update_parameters(model)
-        running += (value.item() - running) / min(step, 100)
+        running += (value.item() - running) / min(step - done, 100)
+        if rank > 0:
+            continue
         if step % 100 == 0:
-            rate = step * batch / (time.time() - start)
+            rate = (step - done) * batch / (time.time() - start)
             print(f"{step * batch:7d} images  loss {running:.4f}  {rate:.0f} images/s", flush=True)
-        if step % 2000 == 0 or step == steps:
+        if state and step % KEEP == 0 and step <= total - last:
+            kept = {name: part.state_dict() for name, part in parts.items()}
+            buffer = io.BytesIO()
+            torch.save(dict(kept, key=fresh["key"], step=step), buffer)
+            write_atomic(state, buffer.getvalue())
+        if step % 2000 == 0 or step == total:
             found = measure({"tiny": average.module.infer}, procedural(SELECT, held_out, model.image_size))
             row = found["tiny"]["all"]
             figures = f"image AUROC {row.image_auroc}  pixel AUROC {row.pixel_auroc}  AP {row.pixel_ap}"
@@ -295,21 +381,34 @@ def gallery(model: VisualAD, count: int = 400) -> bytes:
     return png.getvalue()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    """Exit status: 0; 2 for an error; 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="tiny.py", description=__doc__.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="measure the bundled model instead of training")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="datasets that evaluate.py reads")
     parser.add_argument("--pictures", type=Path, help="also write three finds and three failures to this PNG")
-    parser.add_argument("--images", type=int, default=130_000, help="how many to draw and train on")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--images", type=int, default=200_000, help="how many to draw and train on")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from tiny.state in --out, which it keeps until the last stage",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of tiny.safetensors")
-    args = parser.parse_args()
+    parser.set_defaults(device=find_device())
+    return guarded("tiny", run, parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> int:
     roots = [Path(__file__).parent.parent / "examples", *args.data]
     sets = {root.resolve().name: labelled(root) for root in roots}
     if not args.report:
-        model = train(args.images, args.batch, args.lr, args.workers)
+        state = args.out / "tiny.state" if args.resume else None
+        model = train(args.images, args.batch, args.lr, args.workers, state=state)
+        if ranks()[0]:
+            return 0
         decide(model)
         save(model, args.out)
     model = VisualAD.from_pretrained(args.out / "tiny.safetensors", device=find_device())
@@ -320,7 +419,8 @@ def main() -> None:
         for cls, records in classes.items():
             title = name if len(classes) == 1 else f"{name}, {cls}"
             print(f"\n{report(model, title, real(records, model.image_size))}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
