@@ -462,7 +462,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0].partition(" This file can still be loaded")[0]
+        cause = str(error).strip().partition("\n")[0]
+        cause = re.sub(" (This file can still|In PyTorch).*", "", cause)  # how to run the code of a stranger
         if "TorchScript" in cause:
             cause = "OpenAI's TorchScript archives need code to be read; take open_clip_model.safetensors of "
             cause += "timm/vit_large_patch14_clip_336.openai on Hugging Face, which holds the same weights"
@@ -1040,6 +1041,9 @@ class VisualAD(VisualAD):
     def limit(self, size: tuple[int, int], sigma: float) -> float | None:
         """The threshold's value, if it was made at this size and sigma: others give other scores."""
         made = self.threshold
+        if not isinstance(made, dict | None):
+            wanted = "None or a dict of value, size [H, W], sigma and made, as calibrate sets it"
+            raise ValueError(f"threshold must be {wanted}; got {made!r}")
         return made["value"] if made and (tuple(made["size"]), made["sigma"]) == (size, sigma) else None
 
     def calibrate(
@@ -1115,8 +1119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model_flags(parser)
     add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results here too")
-    add("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
-    add("--calibrate", type=Path, metavar="FOLDER", help="take the threshold from a folder of normal images")
+    limit = parser.add_mutually_exclusive_group().add_argument
+    limit("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
+    limit("--calibrate", type=Path, metavar="FOLDER", help="take it from a folder of normal images")
     try:
         return run(parser.parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:

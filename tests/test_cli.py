@@ -156,6 +156,7 @@ def test_plain_images_stay_plain(images):
     [
         (["nowhere.png"], "nowhere.png"),
         (["in/a.png", "--model", "nothing"], "nothing"),
+        (["in/a.png", "--model", str(ROOT / "README.md")], "plain tensors: Weights only load failed.\n"),
         (["in/a.png", "--size", "81"], "near: 80, 88"),
         (["in/a.png", "--size", "80,80"], "N or HxW"),
         (["in/a.png", "--threshold", "nan"], "finite"),
@@ -167,10 +168,16 @@ def test_plain_images_stay_plain(images):
 )
 def test_errors_are_one_line_and_a_status(images, capsys, arguments, message):
     status = main(arguments)
-    printed = capsys.readouterr().err.strip()
+    printed = capsys.readouterr().err
     assert (
         status == (1 if message == "nowhere.png" else 2) and message in printed and "Traceback" not in printed
     )
+
+
+def test_a_threshold_is_given_or_calibrated(images, capsys):
+    with pytest.raises(SystemExit):
+        main(["in/a.png", "--threshold", "0.1", "--calibrate", "in"])
+    assert "not allowed with argument --threshold" in capsys.readouterr().err
 
 
 def test_the_script_runs_from_another_folder(images):

@@ -270,7 +270,7 @@ def test_other_pictures_are_another_training(monkeypatch, tmp_path):
 
 
 def test_too_few_images_make_no_model():
-    with pytest.raises(ValueError, match="8 images in batches of 16"):
+    with pytest.raises(ValueError, match="8 images are less than a batch of 16"):
         tiny.train(images=8, batch=16, lr=1e-3, workers=0)
 
 

@@ -129,8 +129,10 @@ def train(
     kept. Raises ValueError for images that make no batch, a batch that the processes cannot share equally,
     and a state of other settings or beyond the last stage's start."""
     rank, world = ranks()
-    if batch % world or images < batch:
-        raise ValueError(f"{images} images in batches of {batch} cannot be shared by {world} processes")
+    if images < batch:
+        raise ValueError(f"{images} images are less than a batch of {batch}")
+    if batch % world:
+        raise ValueError(f"a batch of {batch} images cannot be shared equally by {world} processes")
     torch.manual_seed(SEED)
     device = find_device()
     model = VisualAD("tiny").requires_grad_(True)
@@ -387,10 +389,14 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="measure the bundled model instead of training")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="datasets that evaluate.py reads")
     parser.add_argument("--pictures", type=Path, help="also write three finds and three failures to this PNG")
-    parser.add_argument("--images", type=int, default=200_000, help="how many to draw and train on")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument(
+        "--images", type=int, default=200_000, help="how many to draw and train on (%(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="of all processes together (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="the full rate (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that draw, of each one (%(default)s)"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -409,6 +415,7 @@ def run(args: argparse.Namespace) -> int:
         model = train(args.images, args.batch, args.lr, args.workers, state=state)
         if ranks()[0]:
             return 0
+        print("choosing the threshold on 2,000 images", flush=True)
         decide(model)
         save(model, args.out)
     model = VisualAD.from_pretrained(args.out / "tiny.safetensors", device=find_device())
