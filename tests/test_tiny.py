@@ -101,7 +101,7 @@ def test_the_mask_is_where_the_picture_changed(split, defect, size):
     seen, idle, covered, scene_of = 0, 0, 0, pictures._single
     if defect is pictures._odd_one:
         scene_of = pictures._array
-    for i in range(8):
+    for i in range(12):
         rng = np.random.default_rng(i)
         scene, shoot = fitted(rng, size, split, scene_of)
         clean = shoot(scene.img)
@@ -308,14 +308,17 @@ torch.distributed.destroy_process_group()
 
 
 def test_a_short_training_writes_a_model_that_loads(tmp_path, capsys):
+    torch.manual_seed(tiny.SEED)
     untrained = VisualAD("tiny")
+    tiny.mimic(untrained)
     model = tiny.train(images=64, batch=16, lr=1e-3, workers=0, held_out=50)
     tiny.decide(model, count=64)
     tiny.save(model, tmp_path)
     loaded = VisualAD.from_pretrained(tmp_path / "tiny.safetensors")
     assert loaded.threshold["value"] == model.threshold["value"]
     assert torch.equal(loaded.norm.weight, loaded.backbone.norm.weight)
-    assert not torch.equal(loaded.backbone.blocks[0].qkv.weight, untrained.backbone.blocks[0].qkv.weight)
+    moved = loaded.backbone.blocks[0].qkv.weight - untrained.backbone.blocks[0].qkv.weight
+    assert 0 < moved.abs().max() < 1e-4  # the warm-up has hardly begun
     assert "select: image AUROC" in capsys.readouterr().out
 
 
