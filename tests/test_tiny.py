@@ -245,7 +245,7 @@ def test_a_resumed_training_is_the_unbroken_one(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (dict(images=16), "has seen 24 images; of 16 only 12"),
+        (dict(images=16), "has seen 24 images, but of 16 only the first 12"),
         (dict(lr=2e-3), "another run: lr 0.001, now 0.002"),
         (dict(batch=8), "another run: batch 4, now 8"),
     ],

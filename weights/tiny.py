@@ -155,8 +155,8 @@ def train(
     fresh["key"]["sizes"] = [size for size, _ in STAGES]
     saved = load_state(state, fresh) if state else fresh
     if (done := saved["step"]) > total - last:
-        limit = f"{(total - last) * batch} images are left at the full rate"
-        raise ValueError(f"{state} has seen {done * batch} images; of {images} only {limit}")
+        limit = f"only the first {(total - last) * batch} come at the full rate"
+        raise ValueError(f"{state} has seen {done * batch} images, but of {images} {limit}")
     parts = dict(model=model, average=average, optimizer=optimizer)
     for name, part in parts.items() if done else ():
         part.load_state_dict(saved[name])
