@@ -149,10 +149,8 @@ def train(
     counts = [round(share * (images // batch)) for _, share in STAGES]  # steps of each stage
     total, last = sum(counts), counts[-1]
     drawn = [int(Pictures(TRAIN, 8, 64)[i][0].sum()) for i in range(8)]  # other pictures, another training
-    fresh = dict(
-        key=dict(batch=batch, lr=lr, loss=[SCALE, DENSE, DEFECT], warm_up=WARM_UP, drawn=drawn), step=0
-    )
-    fresh["key"]["sizes"] = [size for size, _ in STAGES]
+    key = dict(batch=batch, lr=lr, warm_up=WARM_UP, loss=[SCALE, DENSE, DEFECT], drawn=drawn)
+    fresh = dict(key=dict(key, sizes=[size for size, _ in STAGES]), step=0)
     saved = load_state(state, fresh) if state else fresh
     if (done := saved["step"]) > total - last:
         limit = f"only the first {(total - last) * batch} come at the full rate"
