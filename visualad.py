@@ -106,10 +106,10 @@ for _size, _width, _depth in ("small", 384, 12), ("base", 768, 12), ("large", 10
 
 
 # --- 2. the frozen ViT -----------------------------------------------------------------------------------
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "swiglu": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+ACTIVATIONS = {  # the function, and how many values it makes one of
+    "gelu": (F.gelu, 1),
+    "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x), 1),
+    "swiglu": (lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :], 2),
 }
 
 
@@ -126,10 +126,10 @@ class Block(nn.Module):
     def __init__(self, cfg: Backbone):
         super().__init__()
         D, hidden = cfg.width, cfg.hidden or 4 * cfg.width
-        self.heads, self.activation = cfg.heads, ACTIVATIONS[cfg.activation]
+        self.heads, self.activation = cfg.heads, cfg.activation  # the name: a lambda cannot be pickled
         self.norm1, self.norm2 = nn.LayerNorm(D, cfg.eps), nn.LayerNorm(D, cfg.eps)
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.fc1, self.fc2 = nn.Linear(D, hidden * (1 + (cfg.activation == "swiglu"))), nn.Linear(hidden, D)
+        self.fc1, self.fc2 = nn.Linear(D, hidden * ACTIVATIONS[cfg.activation][1]), nn.Linear(hidden, D)
         self.ls1, self.ls2 = (nn.Parameter(torch.ones(D)) if cfg.layer_scale else None for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
@@ -142,7 +142,7 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v)
         y = self.proj(y.transpose(1, 2).flatten(2))
         x = x + (y if self.ls1 is None else self.ls1 * y)
-        y = self.fc2(self.activation(self.fc1(self.norm2(x))))
+        y = self.fc2(ACTIVATIONS[self.activation][0](self.fc1(self.norm2(x))))
         return x + (y if self.ls2 is None else self.ls2 * y)
 
 
@@ -179,7 +179,7 @@ class ViT(nn.Module):
         prefix = torch.cat([prefix + cls_position, self.register_tokens[0]])  # [P, D]; registers: no position
         x, p = self.stem(x.to(prefix.dtype)), self.patch_embed  # a 1 x 1 conv2d would round by the threads:
         x = p(x).flatten(2).mT if p.stride[0] > 1 else F.linear(x.flatten(2).mT, p.weight[..., 0, 0], p.bias)
-        z, out = self.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), x + positions], dim=1)), {}
+        z, out = self.norm_pre(torch.cat([prefix.expand(x.shape[0], -1, -1), x + positions], dim=1)), {}
         for layer, block in enumerate(self.blocks, 1):
             z = block(z)
             if layer in layers or layer == cfg.depth:
@@ -519,7 +519,11 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Whole or not at all: written beside the target, synced, renamed. Makes missing folders."""
+    """Whole or not at all: written beside the target (of a link), synced, renamed. Makes missing folders."""
+    path = real(path)
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: a file must not take its place
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -610,7 +614,7 @@ def read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
-        config = {"threshold": None, "display_high": None, **config}
+        config = {"threshold": None, "display_high": None, "backbone_digest": None, **config}
         if isinstance(cfg := config["backbone"], str):
             config["backbone"] = BACKBONES[cfg]
         else:
@@ -621,7 +625,7 @@ def read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("a backbone is fetched as safetensors only")
         if limit := config["threshold"]:
             config["threshold"] = {**limit, "value": float(limit["value"]), "size": list(limit["size"])}
-        keys = ("backbone", "layers", "anchors", "image_size", "threshold", "display_high")
+        keys = "backbone layers anchors image_size threshold display_high backbone_digest".split()
         return {key: config[key] for key in keys}, read_tensors(path)
     except Exception as error:
         hint = "a backbone alone goes in as backbone_weights"
@@ -651,8 +655,15 @@ def read_official(
             raise ValueError(f"{path}: {key} has {len(rows)} positions, wanted {grid} x {grid}")
         state[key] = rows[: grid**2].unflatten(0, (grid, grid))
     config = dict(backbone=cfg, layers=data["features_list"], image_size=data["image_size"])
-    config |= dict(anchors=data["cross_attn_config"]["num_anchors"], threshold=None, display_high=None)
-    return config, state
+    config |= dict(anchors=data["cross_attn_config"]["num_anchors"])
+    return {**config, "threshold": None, "display_high": None, "backbone_digest": None}, state
+
+
+def digest_of(backbone: Mapping[str, Tensor]) -> str:
+    """Tells a backbone's weights from others: of every 997th value of each tensor, in half precision, because
+    the same weights come as fp16 and fp32 files."""
+    sample = torch.cat([backbone[key].detach().flatten()[::997].half().cpu() for key in sorted(backbone)])
+    return hashlib.sha256(bytes(sample.view(torch.uint8).tolist())).hexdigest()[:16]
 
 
 CARD = """---
@@ -678,6 +689,7 @@ class VisualAD(VisualAD):
     threshold: dict[str, Any] | None = None  # value, the size and sigma it holds for, how it was made
     display_high: float | None = None  # the map value at which `overlay` shows its full colour
     norm_loaded = False  # whether `norm` is a trained one, from a checkpoint
+    backbone_digest: str | None = None  # of the weights that were loaded into a hosted backbone
 
     @classmethod
     def from_backbone(
@@ -714,7 +726,8 @@ class VisualAD(VisualAD):
         final_norm: "backbone" or "checkpoint", the trained one. None: "checkpoint", but "backbone" for the
             authors' files: their published numbers were made so.
         dtype: of the frozen blocks; what was learned stays fp32.
-        Raises ValueError for what is damaged or does not fit, FileNotFoundError for what cannot be had.
+        Raises ValueError for what is damaged or does not fit, FileNotFoundError for what cannot be had; warns
+        where the model was trained on other backbone weights than these.
         """
         if final_norm not in (None, "backbone", "checkpoint"):
             raise ValueError(f"final_norm must be 'backbone', 'checkpoint' or None, got {final_norm!r}")
@@ -738,6 +751,10 @@ class VisualAD(VisualAD):
         if frozen is None:
             frozen = inside or backbone_state(default_weights(cfg, hub))
         check_fit(model.backbone.state_dict(), frozen, "the backbone's file")
+        model.backbone_digest = digest_of(frozen) if cfg.repo else None
+        if (made := config["backbone_digest"]) not in (None, model.backbone_digest):
+            told = f"{path} was trained on backbone weights of digest {made}, not {model.backbone_digest}"
+            warnings.warn(f"{told}: its scores mean nothing on these; pass backbone_weights", stacklevel=2)
         model.norm_loaded = final_norm == "checkpoint" or (ours and not final_norm)
         if not model.norm_loaded:
             state |= {key: frozen[key].clone() for key in ("norm.weight", "norm.bias")}
@@ -760,6 +777,7 @@ class VisualAD(VisualAD):
         check_fit(self.backbone.state_dict(), state, "the backbone's file")
         same = all(map(torch.equal, self.norm.parameters(), own.parameters()))  # no training step yet
         self.backbone.load_state_dict(state)
+        self.backbone_digest = digest_of(state) if self.backbone.cfg.repo else None
         if same and not self.norm_loaded:
             self.norm.load_state_dict(own.state_dict())
         return self
@@ -774,6 +792,7 @@ class VisualAD(VisualAD):
         listed = next((name for name, known in BACKBONES.items() if known == cfg and cfg.repo), None)
         config = dict(backbone=listed or asdict(cfg), layers=self.layers, anchors=self.anchors)
         config |= dict(image_size=self.image_size, threshold=self.threshold, display_high=self.display_high)
+        config |= dict(backbone_digest=self.backbone_digest)
         return json.loads(json.dumps(config))
 
     def save_pretrained(
@@ -937,7 +956,7 @@ def to_tensor(image: Any) -> Tensor:
         raise ValueError(f"a tensor must be uint8 or float in [0, 1], got {got}")
     image = image.float()
     low, high = (float(value) for value in image.aminmax())
-    if not 0 <= low <= high <= 1:
+    if not -1e-6 <= low <= high <= 1 + 1e-6:  # rounding; `resize` clamps
         raise ValueError(f"float values must lie in [0, 1], got {low:g} to {high:g}")
     levels = (image * 255).round()
     # An 8-bit image that comes as floats is resized as one: the same picture must get the same score.
@@ -1041,7 +1060,7 @@ class VisualAD(VisualAD):
     def limit(self, size: tuple[int, int], sigma: float) -> float | None:
         """The threshold's value, if it was made at this size and sigma: others give other scores."""
         made = self.threshold
-        if not isinstance(made, dict | None):
+        if not (made is None or isinstance(made, dict) and made.keys() >= {"value", "size", "sigma"}):
             wanted = "None or a dict of value, size [H, W], sigma and made, as calibrate sets it"
             raise ValueError(f"threshold must be {wanted}; got {made!r}")
         return made["value"] if made and (tuple(made["size"]), made["sigma"]) == (size, sigma) else None
@@ -1112,7 +1131,8 @@ def load_model(args: argparse.Namespace) -> tuple[VisualAD, tuple[int, int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Scores images and writes heatmaps. Exit status: 0; 1 where an image was unreadable; 2 for an error."""
+    """Scores images and writes heatmaps. Exit status: 0; 1 where an image was unreadable; 2 for an error;
+    130 when interrupted."""
     parser = argparse.ArgumentParser(prog="visualad", description="Finds anomalies in images of anything.")
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
@@ -1127,6 +1147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"visualad: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("visualad: interrupted", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -1137,7 +1160,8 @@ def run(args: argparse.Namespace) -> int:
     files = targets(args.images, args.out)
     if args.json and (args.json.is_dir() or real(args.json) in map(real, files)):
         raise ValueError(f"--json {args.json} is a folder or one of the images")
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, *([args.json.parent] if args.json else [])):  # now, not after an hour
+        folder.mkdir(parents=True, exist_ok=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
     model, size = load_model(args)

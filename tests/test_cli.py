@@ -48,6 +48,21 @@ def test_a_folder_gives_a_table_heatmaps_and_json(images, capsys):
     assert report["settings"]["size"] == [224, 224] and report["settings"]["sigma"] == 4.0
 
 
+def test_an_interrupt_is_one_line(images, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VisualAD, "predict_iter", interrupted)
+    assert main(["in"]) == 130
+    assert capsys.readouterr().err.strip() == "visualad: interrupted"
+
+
+def test_a_json_that_cannot_be_written_is_told_before_the_work(images, capsys):
+    assert main(["in/a.png", "--json", "in/a.jpg/report.json"]) == 2
+    printed = capsys.readouterr()
+    assert "in/a.jpg" in printed.err and "verdict" not in printed.out
+
+
 def test_the_exit_status_is_0_when_all_is_read(images):
     assert main(["in/a.png", "in/sub/a.png"]) == 0
     assert sorted(p.name for p in (images / "heatmaps").iterdir()) == ["a-1.png", "a.png"]

@@ -247,6 +247,33 @@ def test_a_hosted_backbone_is_not_saved_and_comes_from_where_it_is_hosted(monkey
     assert same(model, VisualAD.from_pretrained(tmp_path, backbone_weights=clip)) and len(asked) == 1
 
 
+def test_other_weights_in_a_hosted_backbone_are_told(monkeypatch, tmp_path, clip, recwarn):
+    cfg = replace(Backbone.from_weights(clip), repo="org/clip", layers=(2, 4), image_size=84)
+    monkeypatch.setitem(BACKBONES, "listed", cfg)
+    others = {k: v.clone() for k, v in clip.items()}
+    others["visual.transformer.resblocks.3.mlp.c_fc.weight"] *= 1.01
+    VisualAD.from_backbone("listed", others).save_pretrained(tmp_path)
+    half = {k: v.half() for k, v in others.items()}
+    for right in (others, half):
+        again = VisualAD.from_pretrained(tmp_path, backbone_weights=right, dtype=torch.bfloat16)
+        again.save_pretrained(tmp_path)
+    assert not [w for w in recwarn if "backbone weights" in str(w.message)]
+    with pytest.warns(UserWarning, match="was trained on backbone weights of digest .*: its scores mean"):
+        VisualAD.from_pretrained(tmp_path, backbone_weights=clip)
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    visualad.write_atomic(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    visualad.write_atomic(tmp_path / "pipe", b"through")
+    assert os.read(end, 100) == b"through" and (tmp_path / "pipe").is_fifo()
+    os.close(end)
+
+
 def test_the_lone_file_is_complete_and_its_header_decides(model, tmp_path):
     model.save_pretrained(tmp_path, config={"data": "mine"})
     (tmp_path / "config.json").write_text("{}")
@@ -363,7 +390,8 @@ def test_a_header_that_makes_no_sense_is_a_value_error(model, tmp_path, change):
 
 
 def test_a_header_may_leave_out_the_threshold_and_half_precision_comes_back_in_fp32(model, tmp_path):
-    config = {k: v for k, v in model.config().items() if k not in ("threshold", "display_high")}
+    later = ("threshold", "display_high", "backbone_digest")
+    config = {k: v for k, v in model.config().items() if k not in later}
     half = {k: v.half() for k, v in model.state_dict().items()}
     save_file(half, tmp_path / "a.safetensors", {"config": json.dumps(config)})
     loaded = VisualAD.from_pretrained(tmp_path / "a.safetensors")

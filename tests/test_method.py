@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import SMALL
 
-from visualad import BACKBONES, Backbone, Block, VisualAD, smooth, upsample
+from visualad import ACTIVATIONS, BACKBONES, Backbone, Block, VisualAD, smooth, upsample
 
 
 def test_layers_are_sorted_and_counted_once():
@@ -173,6 +175,19 @@ def test_forward_compiles_as_one_graph(model):
         got, want = torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_batch_of_any_size_is_exported(model):
+    batch = {"images": {0: torch.export.Dim("B", min=2)}}
+    exported = torch.export.export(model, (torch.rand(2, 3, 56, 56),), dynamic_shapes=batch).module()
+    images = torch.rand(3, 3, 56, 56)
+    torch.testing.assert_close(exported(images)[0], model(images)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_whole_model_goes_through_a_pickle(activation):
+    model, images = VisualAD(replace(SMALL, activation=activation)), torch.rand(1, 3, 56, 56)
+    assert torch.equal(pickle.loads(pickle.dumps(model)).infer(images)[0], model.infer(images)[0])
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,9 @@ def test_calibrate_keeps_the_size_and_sigma_it_was_made_at():
 
 
 def test_a_bare_number_is_no_threshold(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "threshold", {"value": 0.5})
+    with pytest.raises(ValueError, match="threshold must be None or a dict.*got {'value': 0.5}"):
+        tiny.predict(picture())
     monkeypatch.setattr(tiny, "threshold", 0.5)
     with pytest.raises(ValueError, match="threshold must be None or a dict.*got 0.5"):
         tiny.predict(torch.rand(3, 56, 56))
