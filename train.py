@@ -92,8 +92,9 @@ def param_groups(model: VisualAD, lr: float = 1e-4, token_lr: float = 1e-3) -> l
 
 
 def token_rate(epoch: int, epochs: int, token_lr: float = 1e-3) -> float:
-    """The tokens' learning rate in an epoch counted from 0: cosine from token_lr towards 1e-4."""
-    return 1e-4 + (token_lr - 1e-4) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    """The tokens' learning rate in an epoch counted from 0: cosine from token_lr towards 1e-4, or less."""
+    low = min(1e-4, token_lr)
+    return low + (token_lr - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
 def clip_tokens(model: VisualAD) -> None:
@@ -363,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start.add_argument("--model", help="begin with this trained one: whatever from_pretrained takes")
     add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
     add("--out", type=Path, required=True, metavar="FOLDER", help="for the model, its card, log, checkpoint")
-    add("--protocol", choices=("paper",), help="the published settings: VisA 1 epoch, MVTec-AD 2")
+    add("--protocol", choices=("paper",), help="the published epochs; the other defaults are published too")
     add("--epochs", type=int, metavar="N", help="(1)")
     add("--batch-size", type=int, default=8, metavar="N", help="of all ranks together (%(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="parts a batch is computed in (%(default)s)")

@@ -112,6 +112,7 @@ def test_the_schedule_is_torchs_cosine_over_epochs():
         optimizer.step()
         schedule.step()
     assert train.token_rate(0, 1, 5e-3) == 5e-3
+    assert {train.token_rate(epoch, 4, 1e-6) for epoch in range(4)} == {1e-6}  # a low rate does not rise
 
 
 def test_each_token_is_clipped_alone_as_torch_clips(model):
