@@ -70,7 +70,7 @@ class Backbone:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     image_size: int = 518  # network input in pixels, rounded down to a multiple of the patch
-    layers: tuple[int, ...] = ()  # tapped blocks; (): at each quarter of the depth
+    layers: tuple[int, ...] = ()  # tapped blocks; (): at each quarter of the depth; a `replace` keeps them
     repo: str | None = None  # on Hugging Face; None: hosted nowhere
     file: str = "model.safetensors"
 
@@ -659,7 +659,7 @@ def read_official(
     return {**config, "threshold": None, "display_high": None, "backbone_digest": None}, state
 
 
-def digest_of(backbone: Mapping[str, Tensor]) -> str:
+def weights_digest(backbone: Mapping[str, Tensor]) -> str:
     """Tells a backbone's weights from others: of every 997th value of each tensor, in half precision, because
     the same weights come as fp16 and fp32 files."""
     sample = torch.cat([backbone[key].detach().flatten()[::997].half().cpu() for key in sorted(backbone)])
@@ -751,7 +751,7 @@ class VisualAD(VisualAD):
         if frozen is None:
             frozen = inside or backbone_state(default_weights(cfg, hub))
         check_fit(model.backbone.state_dict(), frozen, "the backbone's file")
-        model.backbone_digest = digest_of(frozen) if cfg.repo else None
+        model.backbone_digest = weights_digest(frozen) if cfg.repo else None
         if (made := config["backbone_digest"]) not in (None, model.backbone_digest):
             told = f"{path} was trained on backbone weights of digest {made}, not {model.backbone_digest}"
             warnings.warn(f"{told}: its scores mean nothing on these; pass backbone_weights", stacklevel=2)
@@ -777,7 +777,7 @@ class VisualAD(VisualAD):
         check_fit(self.backbone.state_dict(), state, "the backbone's file")
         same = all(map(torch.equal, self.norm.parameters(), own.parameters()))  # no training step yet
         self.backbone.load_state_dict(state)
-        self.backbone_digest = digest_of(state) if self.backbone.cfg.repo else None
+        self.backbone_digest = weights_digest(state) if self.backbone.cfg.repo else None
         if same and not self.norm_loaded:
             self.norm.load_state_dict(own.state_dict())
         return self
