@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, SMALL
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -117,19 +117,25 @@ def test_the_mask_is_where_the_picture_changed(split, defect, size):
     assert idle < 0.35 * covered  # what did not change is no defect
 
 
-@pytest.mark.parametrize("area", [1, 0.6])
-def test_what_nobody_could_see_or_mark_is_no_defect(area):
-    """One pixel, and more than a quarter of the picture."""
+@pytest.mark.parametrize("share, marked", [(0, False), (0.4, True), (0.6, False)])
+def test_what_nobody_could_see_or_mark_is_no_defect(share, marked):
+    """One pixel, and more than half of the inspected thing."""
 
     def make(rng, scene, gain):
         img, region = scene.img.copy(), np.zeros(scene.zone.shape, bool)
-        region.ravel()[: area if area == 1 else int(area * region.size)] = True
+        region.ravel()[np.flatnonzero(scene.zone)[: int(share * scene.zone.sum()) or 1]] = True
         img[:, region] = 1 - img[:, region] ** 2
         return img, region
 
     scene, shoot = fitted(np.random.default_rng(3), 160, pictures.TRAIN)
     spoiled, mask = pictures._spoil(np.random.default_rng(0), scene, shoot, make)
-    assert not mask.any() and spoiled is scene
+    assert mask.any() == marked and (spoiled is scene) != marked
+
+
+def test_a_blur_has_no_denormal_weights():
+    for sigma in (0.05, 0.45, 1.3, 9):
+        k = pictures._gauss(224, sigma)
+        assert k[k > 0].min() >= 1e-12 and np.allclose(k.sum(1), 1, atol=1e-6)
 
 
 def test_every_defect_of_a_picture_is_in_its_mask(monkeypatch):
@@ -236,7 +242,7 @@ def test_a_resumed_training_is_the_unbroken_one(monkeypatch, tmp_path):
         tiny, "sample", lambda rng, size, split: drawn.append(split) or real(rng, size, split)
     )
     resumed = tiny.train(images=32, **options, state=state).state_dict()
-    assert drawn.count(pictures.TRAIN) == 32 - 3 * 4 + 8  # eight tell which pictures they are
+    assert drawn.count(pictures.TRAIN) == 32 - 3 * 4
     assert torch.load(state, weights_only=True)["step"] == 6
     for name, value in unbroken.items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6, msg=name)
@@ -248,6 +254,9 @@ def test_a_resumed_training_is_the_unbroken_one(monkeypatch, tmp_path):
         (dict(images=16), "has seen 24 images, but of 16 only the first 12"),
         (dict(lr=2e-3), "another run: lr 0.001, now 0.002"),
         (dict(batch=8), "another run: batch 4, now 8"),
+        (dict(init=ROOT / "weights/tiny.safetensors"), "another run: init None, now"),
+        (dict(skip=4), "another run: skip 0, now 4"),
+        (dict(dtype=torch.float32), "another run: dtype 'torch.bfloat16', now 'torch.float32'"),
     ],
 )
 def test_a_state_of_another_training_is_refused(monkeypatch, tmp_path, wrong, told):
@@ -264,9 +273,52 @@ def test_other_pictures_are_another_training(monkeypatch, tmp_path):
     small(monkeypatch)
     state, options = tmp_path / "tiny.state", dict(images=32, batch=4, lr=1e-3, workers=0, held_out=25)
     tiny.train(**options, state=state)
-    monkeypatch.setitem(pictures.TEXTURES, pictures.TRAIN, pictures.TEXTURES[pictures.TRAIN][:3])
-    with pytest.raises(ValueError, match="another run: drawn"):
+    changed = tmp_path / "pictures.py"
+    changed.write_text(tiny.PICTURES.read_text().replace("(_scratch, 0.15)", "(_scratch, 0.16)"))
+    monkeypatch.setattr(tiny, "PICTURES", changed)
+    with pytest.raises(ValueError, match="another run: pictures"):
         tiny.train(**options, state=state)
+
+
+def test_training_starts_from_a_finished_model_on_other_pictures(monkeypatch, tmp_path):
+    small(monkeypatch)
+    tiny.save(VisualAD.from_pretrained("tiny"), tmp_path)
+    options = dict(batch=4, workers=0, held_out=25, init=tmp_path / "tiny.safetensors", skip=40)
+    seen, real = [], tiny.Pictures.__getitem__
+    monkeypatch.setattr(
+        tiny.Pictures, "__getitem__", lambda self, i: (seen.append((self.split, i)), real(self, i))[1]
+    )
+    still = tiny.train(images=8, lr=0.0, **options).state_dict()
+    bundled = VisualAD.from_pretrained("tiny").state_dict()
+    assert all(torch.equal(still[name], value) for name, value in bundled.items())
+    assert [i for split, i in seen if split == pictures.TRAIN] == list(range(40, 48))
+    name, moved = "backbone.blocks.0.qkv.weight", []
+    for share in (0.5, 0.0):
+        monkeypatch.setattr(tiny, "BLEND", share)
+        after = tiny.train(images=8, lr=1e-3, **options, dtype=torch.float32).state_dict()
+        moved.append((after[name] - bundled[name]).abs().mean().item())
+    assert 0 < moved[0] == pytest.approx(moved[1] / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--init", "."], "--init . is no file"),
+        (["--init", "weights/tiny.safetensors", "--out", "weights"], "would be overwritten"),
+        (["--init", "weights/tiny.safetensors", "--skip", "-1"], "--skip must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_a_start_that_cannot_be_is_told_before_the_work(flags, told, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["tiny.py", "--out", str(tmp_path), *flags])
+    assert tiny.main() == 2 and told in capsys.readouterr().err
+
+
+def test_another_network_is_no_start(tmp_path):
+    VisualAD(SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of another network than tiny"):
+        tiny.train(images=16, batch=16, lr=1e-3, workers=0, init=tmp_path / "model.safetensors")
 
 
 def test_too_few_images_make_no_model():
@@ -299,7 +351,7 @@ torch.distributed.destroy_process_group()
     for rank, own in enumerate(seen):
         for size, indices in ((48, range(24)), (64, range(24, 32))):
             trained = [i for side, split, i in own if (side, split) == (size, pictures.TRAIN)]
-            assert trained[8 * (size == 64) :] == list(indices)[rank::2]  # eight tell which pictures they are
+            assert trained == list(indices)[rank::2]
     assert all(torch.equal(shares[0][name], shares[1][name]) for name in alone)
     together, alone = (torch.cat([x.flatten() for x in d.values()]) for d in (shares[0], alone))
     # bf16 rounds by the batch: 0.0003; where both take the same images it is 0.002

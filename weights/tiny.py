@@ -10,6 +10,7 @@ No real image and no downloaded weight is used, and a picture is a function of (
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import math
 import sys
@@ -44,6 +45,7 @@ from evaluate import (  # noqa: E402
 )
 from train import loss_terms  # noqa: E402
 from visualad import (  # noqa: E402
+    BACKBONES,
     Output,
     VisualAD,
     find_device,
@@ -56,12 +58,14 @@ from visualad import (  # noqa: E402
 from weights.pictures import REPORT, SELECT, TRAIN, sample  # noqa: E402
 
 SEED = 111
-STAGES = ((160, 0.85), (224, 0.15))  # px and share of the images: the small ones are over twice as fast
+PICTURES = Path(__file__).with_name("pictures.py")
+STAGES = ((160, 0.7), (224, 0.3))  # px and share of the images: the small ones are over twice as fast
 WARM_UP = 500  # steps to the full rate, which stays until the last stage and falls to nothing in it
 SCALE = 8.0  # of map values in the loss: plain cosine differences saturate the sigmoid late
 KEEP = 1000  # steps from one saved state to the next
 DENSE, DEFECT = 4.0, 4.0  # weights of the added cross-entropy and, in it, of a defective pixel
 AVERAGE = 0.999  # how much of the average of the weights a step keeps
+BLEND = 0.5  # share of the model that --init names in what comes of it
 ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH])
 
 
@@ -115,19 +119,32 @@ def mimic(model: VisualAD) -> None:
             rows_k.copy_((s.sqrt()[:, None] * vh)[: D // heads])
 
 
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def pace(step: int, total: int, last: int) -> float:
     """Share of the full rate in a step counted from 1; the last stage has `last` of the `total` steps."""
     return min(step / WARM_UP, 1.0, (total - step + 1) / max(last, 1))
 
 
 def train(
-    images: int, batch: int, lr: float, workers: int, held_out: int = 500, state: Path | None = None
+    images: int,
+    batch: int,
+    lr: float,
+    workers: int,
+    held_out: int = 500,
+    state: Path | None = None,
+    init: Path | None = None,
+    skip: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> VisualAD:
-    """Backbone, tokens, SCA and SAF from scratch; returns the average of the last steps' weights. In a
-    process group each process takes its share of every batch. state: file that keeps the training at full
-    rate, for any number of `images`, and that it goes on from; the last stage, where the rate falls, is not
-    kept. Raises ValueError for images that make no batch, a batch that the processes cannot share equally,
-    and a state of other settings or beyond the last stage's start."""
+    """Backbone, tokens, SCA and SAF from scratch, or from the finished model `init`, on the pictures from
+    index `skip` on; returns the average of the last steps' weights. In a process group each process takes its
+    share of every batch. state: file that keeps the training at full rate, for any number of `images`, and
+    that it goes on from; the last stage, where the rate falls, is not kept. dtype: of products, in autocast.
+    Raises ValueError for images that make no batch, a batch that the processes cannot share equally, another
+    network, and a state of other settings or other pictures, or beyond the last stage's start."""
     rank, world = ranks()
     if images < batch:
         raise ValueError(f"{images} images are less than a batch of {batch}")
@@ -135,9 +152,12 @@ def train(
         raise ValueError(f"a batch of {batch} images cannot be shared equally by {world} processes")
     torch.manual_seed(SEED)
     device = find_device()
-    model = VisualAD("tiny").requires_grad_(True)
-    mimic(model)
-    model.to(device)
+    model = VisualAD.from_pretrained(init) if init else VisualAD("tiny")
+    if not init:
+        mimic(model)
+    elif model.backbone.cfg != BACKBONES["tiny"]:
+        raise ValueError(f"{init} is of another network than tiny")
+    model.to(device).requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # no picture is ever seen twice
@@ -148,9 +168,9 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.05)
     counts = [round(share * (images // batch)) for _, share in STAGES]  # steps of each stage
     total, last = sum(counts), counts[-1]
-    drawn = [int(Pictures(TRAIN, 8, 64)[i][0].sum()) for i in range(8)]  # other pictures, another training
-    key = dict(batch=batch, lr=lr, warm_up=WARM_UP, loss=[SCALE, DENSE, DEFECT], drawn=drawn)
-    fresh = dict(key=dict(key, sizes=[size for size, _ in STAGES]), step=0)
+    key = dict(batch=batch, lr=lr, warm_up=WARM_UP, loss=[SCALE, DENSE, DEFECT], dtype=str(dtype), skip=skip)
+    key |= dict(sizes=[size for size, _ in STAGES], init=init and digest(init), pictures=digest(PICTURES))
+    fresh = dict(key=key, step=0)
     saved = load_state(state, fresh) if state else fresh
     if (done := saved["step"]) > total - last:
         limit = f"only the first {(total - last) * batch} come at the full rate"
@@ -158,10 +178,10 @@ def train(
     parts = dict(model=model, average=average, optimizer=optimizer)
     for name, part in parts.items() if done else ():
         part.load_state_dict(saved[name])
-    loaders, first = [], 0
+    loaders, first = [], skip
     for (size, _), count in zip(STAGES, counts, strict=True):
         end = first + count * batch
-        mine = range(max(first, done * batch) + rank, end, world)
+        mine = range(max(first, skip + done * batch) + rank, end, world)
         pictures, first = torch.utils.data.Subset(Pictures(TRAIN, end, size), mine), end
         loaders.append(torch.utils.data.DataLoader(pictures, batch // world, num_workers=workers))
     # On a CPU the fused attention's backward pass is slow at this size, and so are products in fp32.
@@ -171,7 +191,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * pace(step, total, last)
         x, mask = x.to(device), mask.to(device)
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(ATTENTION[device == "cpu"]):
+        with (
+            torch.autocast(device, dtype, enabled=dtype != torch.float32),
+            sdpa_kernel(ATTENTION[device == "cpu"]),
+        ):
             result = model(x)
         value = loss(Output(*(t.float() for t in result)), mask)
         optimizer.zero_grad()
@@ -200,7 +223,17 @@ def train(
             row = found["tiny"]["all"]
             figures = f"image AUROC {row.image_auroc}  pixel AUROC {row.pixel_auroc}  AP {row.pixel_ap}"
             print(f"select: {figures}", flush=True)
-    return average.module
+    return blend(average.module, VisualAD.from_pretrained(init)) if init else average.module
+
+
+@torch.no_grad()
+def blend(model: VisualAD, first: VisualAD) -> VisualAD:
+    """The model, moved BLEND of the way back to what it started from: on images unlike those it went on with,
+    the mean of both is often better than either. From Wortsman et al., "Robust fine-tuning of zero-shot
+    models", CVPR 2022."""
+    for ours, theirs in zip(model.parameters(), first.parameters(), strict=True):
+        ours.lerp_(theirs.to(ours), BLEND)
+    return model
 
 
 def save(model: VisualAD, out: Path) -> None:
@@ -357,7 +390,8 @@ def report(model: VisualAD, name: str, batches: Iterable[Batch]) -> str:
 
 def gallery(model: VisualAD, count: int = 400) -> bytes:
     """A PNG of held-out pictures picked by rank alone, as image, mask and heatmap. Left: of the anomalous
-    ones found, the quartiles by score. Right: of the missed, the median and last; the worst false alarm."""
+    ones found, the quartiles by score. Right: of the missed, the median and last; the worst false alarm.
+    Raises ValueError where the model finds or misses none."""
     shown = []
     for batch in procedural(REPORT, count, model.image_size):
         maps, scores = model.infer(batch.images.to(find_device()))
@@ -366,6 +400,10 @@ def gallery(model: VisualAD, count: int = 400) -> bytes:
     limit = model.threshold["value"]
     found = [entry for entry in shown if entry[1] and entry[0] > limit]
     missed = [entry for entry in shown if entry[1] and entry[0] <= limit]
+    if not found or not missed or len(found) + len(missed) == len(shown):
+        raise ValueError(
+            f"of {count} pictures {len(found)} were found and {len(missed)} missed: none to show"
+        )
     left = [found[len(found) * k // 4] for k in (3, 2, 1)]
     right = [missed[len(missed) // 2], missed[0], [entry for entry in shown if not entry[1]][-1]]
     strips = [
@@ -400,17 +438,41 @@ def main() -> int:
         action="store_true",
         help="go on from tiny.state in --out, which it keeps until the last stage",
     )
+    parser.add_argument(
+        "--init", type=Path, help="a finished tiny.safetensors to start from, not from nothing"
+    )
+    parser.add_argument(
+        "--skip", type=int, default=0, help="pictures to leave out, as --init has seen them (%(default)s)"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of products")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of tiny.safetensors")
     parser.set_defaults(device=find_device())
     return guarded("tiny", run, parser.parse_args())
 
 
 def run(args: argparse.Namespace) -> int:
+    # Before torch starts its threads: some processors take ten times as long over numbers near 1e-40.
+    torch.set_flush_denormal(True)
+    if args.init and not args.init.is_file():
+        raise ValueError(f"--init {args.init} is no file")
+    if args.init and args.init.resolve() == (args.out / "tiny.safetensors").resolve():
+        raise ValueError(f"--init {args.init} would be overwritten: choose another --out")
+    if args.skip < 0:
+        raise ValueError(f"--skip must be at least 0, got {args.skip}")
     roots = [Path(__file__).parent.parent / "examples", *args.data]
     sets = {root.resolve().name: labelled(root) for root in roots}
     if not args.report:
         state = args.out / "tiny.state" if args.resume else None
-        model = train(args.images, args.batch, args.lr, args.workers, state=state)
+        model = train(
+            args.images,
+            args.batch,
+            args.lr,
+            args.workers,
+            state=state,
+            init=args.init,
+            skip=args.skip,
+            dtype=getattr(torch, args.dtype),
+        )
         if ranks()[0]:
             return 0
         print("choosing the threshold on 2,000 images", flush=True)
