@@ -2,6 +2,7 @@
 
     python weights/tiny.py                        # train, choose the threshold, write the model, report
     torchrun --nproc_per_node 2 weights/tiny.py --workers 0 --resume     # faster on two cores
+    python weights/tiny.py --init FILE --skip N --out FOLDER             # go on from a finished model
     python weights/tiny.py --report --data ROOT   # measure the model, also on datasets of real images
 
 No real image and no downloaded weight is used, and a picture is a function of (SEED, split, index) alone.
@@ -140,11 +141,12 @@ def train(
     dtype: torch.dtype = torch.bfloat16,
 ) -> VisualAD:
     """Backbone, tokens, SCA and SAF from scratch, or from the finished model `init`, on the pictures from
-    index `skip` on; returns the average of the last steps' weights. In a process group each process takes its
-    share of every batch. state: file that keeps the training at full rate, for any number of `images`, and
-    that it goes on from; the last stage, where the rate falls, is not kept. dtype: of products, in autocast.
-    Raises ValueError for images that make no batch, a batch that the processes cannot share equally, another
-    network, and a state of other settings or other pictures, or beyond the last stage's start."""
+    index `skip` on; returns the average of the last steps' weights, with `init` what `blend` makes of it. In
+    a process group each process takes its share of every batch. state: file that keeps the training at full
+    rate, for any number of `images`, and that it goes on from; the last stage, where the rate falls, is not
+    kept. dtype: of products, in autocast. Raises ValueError for images that make no batch, a batch that the
+    processes cannot share equally, another network, and a state of other settings or other pictures, or
+    beyond the last stage's start."""
     rank, world = ranks()
     if images < batch:
         raise ValueError(f"{images} images are less than a batch of {batch}")
