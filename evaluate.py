@@ -42,6 +42,7 @@ from tqdm import tqdm  # comes with huggingface_hub
 from visualad import (
     VisualAD,
     ahead,
+    check_target,
     image_files,
     load_model,
     model_flags,
@@ -872,7 +873,7 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, state)):  # now, not after an hour
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_target(path)
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"no permission to write {path}")
 

@@ -518,13 +518,22 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**fields, "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
 
 
+def check_target(path: Path) -> None:
+    """Makes the folders of a file to be written. Raises ValueError where a device, a pipe or a folder would
+    have to make way for it."""
+    if path.exists() and not path.is_file() or Path("/dev") in path.parents:
+        raise ValueError(f"{path} is no regular file: name another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"cannot write {path}: {path.parent} is no folder") from None
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Whole or not at all: written beside the target (of a link), synced, renamed. Makes missing folders."""
+    """Whole or not at all: written beside the target (of a link), synced, renamed. Makes missing folders.
+    Raises ValueError as `check_target`."""
+    check_target(path)
     path = real(path)
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: a file must not take its place
-        path.write_bytes(data)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -1160,8 +1169,9 @@ def run(args: argparse.Namespace) -> int:
     files = targets(args.images, args.out)
     if args.json and (args.json.is_dir() or real(args.json) in map(real, files)):
         raise ValueError(f"--json {args.json} is a folder or one of the images")
-    for folder in (args.out, *([args.json.parent] if args.json else [])):  # now, not after an hour
-        folder.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        check_target(args.json)  # now, not after an hour
+    args.out.mkdir(parents=True, exist_ok=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
     model, size = load_model(args)

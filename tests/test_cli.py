@@ -58,9 +58,10 @@ def test_an_interrupt_is_one_line(images, monkeypatch, capsys):
 
 
 def test_a_json_that_cannot_be_written_is_told_before_the_work(images, capsys):
-    assert main(["in/a.png", "--json", "in/a.jpg/report.json"]) == 2
-    printed = capsys.readouterr()
-    assert "in/a.jpg" in printed.err and "verdict" not in printed.out
+    for path, told in (("in/a.jpg/report.json", "in/a.jpg is no folder"), ("/dev/stdout", "no regular file")):
+        assert main(["in/a.png", "--json", path]) == 2
+        printed = capsys.readouterr()
+        assert told in printed.err and "verdict" not in printed.out
 
 
 def test_the_exit_status_is_0_when_all_is_read(images):

@@ -262,16 +262,20 @@ def test_other_weights_in_a_hosted_backbone_are_told(monkeypatch, tmp_path, clip
         VisualAD.from_pretrained(tmp_path, backbone_weights=clip)
 
 
-def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
+def test_a_link_stays_one_and_what_is_no_file_is_not_replaced(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
     visualad.write_atomic(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
     os.mkfifo(tmp_path / "pipe")
-    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    visualad.write_atomic(tmp_path / "pipe", b"through")
-    assert os.read(end, 100) == b"through" and (tmp_path / "pipe").is_fifo()
-    os.close(end)
+    for path in (tmp_path / "pipe", tmp_path, "/dev/stdout", "/dev/fd/1"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            visualad.check_target(visualad.Path(path))
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        visualad.write_atomic(tmp_path / "pipe", b"new")
+    with pytest.raises(ValueError, match="real is no folder"):
+        visualad.check_target(tmp_path / "real" / "a.json")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_the_lone_file_is_complete_and_its_header_decides(model, tmp_path):
