@@ -788,8 +788,10 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
     told = ", ".join(f"{labels.count(label)} {kind}" for kind, label in kinds.items() if label in labels)
     if ranks()[0] == 0:
         name = layout.names[0] if args.dataset == "auto" else args.dataset
-        print(f"{args.data}: layout {name}, {layout.about.replace('{split}', args.split)}")
-        print(f"{len(classes)} classes, {len(records)} images: {told}; {len(faults)} files left out")
+        print(f"{args.data}: layout {name}, {layout.about.replace('{split}', args.split)}", flush=True)
+        print(
+            f"{len(classes)} classes, {len(records)} images: {told}; {len(faults)} files left out", flush=True
+        )
         for fault in faults:
             print(f"  left out: {fault.what}")
     return layout, records, faults
