@@ -873,8 +873,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json and real(args.json) == real(state):
         raise ValueError(f"--json and --state must be two files, got {state}")
     for path in filter(None, (args.json, state)):  # now, not after an hour
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: name a file")
         check_target(path)
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"no permission to write {path}")

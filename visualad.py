@@ -519,9 +519,9 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_target(path: Path) -> None:
-    """Makes the folders of a file to be written. Raises ValueError where a device, a pipe or a folder would
-    have to make way for it."""
-    if path.exists() and not path.is_file() or Path("/dev") in path.parents:
+    """Makes the folders of a file to be written. Raises ValueError where a device, a pipe, a folder or what
+    the shell sends /dev/stdout to would have to make way for it."""
+    if path.exists() and not path.is_file() or re.match("/dev/(std|fd/)|/proc/", str(path)):
         raise ValueError(f"{path} is no regular file: name another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1167,10 +1167,10 @@ def run(args: argparse.Namespace) -> int:
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"--threshold must be a finite number, got {args.threshold}")
     files = targets(args.images, args.out)
-    if args.json and (args.json.is_dir() or real(args.json) in map(real, files)):
-        raise ValueError(f"--json {args.json} is a folder or one of the images")
     if args.json:
         check_target(args.json)  # now, not after an hour
+        if real(args.json) in map(real, files):
+            raise ValueError(f"--json {args.json} is one of the images")
     args.out.mkdir(parents=True, exist_ok=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing

@@ -402,7 +402,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(data, tmp_path, fl
     assert run(data, flag, tmp_path) == 2
     assert run(data, "--heatmaps", ROOT / "README.md") == 2
     found = capsys.readouterr()
-    assert f"{tmp_path} is a folder" in found.err and "README.md" in found.err and not found.out
+    assert f"{tmp_path} is no regular file" in found.err and "README.md" in found.err and not found.out
 
 
 def test_the_page_begins_with_the_highest_score_and_names_labels():

@@ -510,6 +510,9 @@ def test_the_gallery_holds_six_strips():
     picture = Image.open(io.BytesIO(tiny.gallery(model, count=60)))
     side = model.image_size
     assert picture.size == (2 * (3 * side + 16) + 24, 3 * side + 16)
+    model.threshold["value"] = 4.0
+    with pytest.raises(ValueError, match="of 25 pictures 0 were found"):
+        tiny.gallery(model, count=25)
 
 
 def test_the_bundled_model_is_far_from_chance_on_other_families():
