@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -207,9 +208,9 @@ def listed(layout: Layout, root: Path, split: str) -> list[Record]:
                     rows.append((row["image"], row["object"], row["label"], label, row["mask"]))
         records, seen = [], set()
         for image, cls, kind, label, mask in rows:
-            if label not in (0, 1) or image in seen:
+            if label not in (0, 1) or os.path.normpath(image) in seen:
                 raise ValueError(f"{image} is listed twice, or its anomaly, {label}, is not 0 or 1")
-            seen.add(image)
+            seen.add(os.path.normpath(image))
             mask = root / mask if mask and label else None
             mask = None if mask and mask.is_dir() else mask  # some generators write the root for "none"
             records.append(Record(root / image, cls, kind, label, mask))
@@ -270,7 +271,7 @@ def read_mask(path: str | os.PathLike) -> Tensor:
             lossy, image = file.format in ("JPEG", "MPO"), ImageOps.exif_transpose(file)
         if image.mode == "P":
             index, palette = np.asarray(image), image.getpalette("RGB")
-            black = [i for i in np.unique(index) if palette[3 * i : 3 * i + 3] == [0, 0, 0]]
+            black = [i for i in np.unique(index).tolist() if palette[3 * i : 3 * i + 3] == [0, 0, 0]]
             return torch.from_numpy(index != (black or [0])[0])
         if image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
             image = image.convert("RGB")  # which drops an alpha channel
@@ -562,6 +563,11 @@ def load_state(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
+def deaf(_worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # these reach workers too; the program ends them in order
+        signal.signal(number, signal.SIG_IGN)
+
+
 def evaluate(
     model: VisualAD, records: Sequence[Record], *, size: int | Sequence[int] | None = None,
     sigma: float = 4.0, batch_size: int = 8, workers: int = 0, native: bool = False, pro: str = "exact",
@@ -615,6 +621,7 @@ def evaluate(
 
     mine = batches[done + rank :: world]
     options = dict(num_workers=min(workers, len(mine)), pin_memory=device.type == "cuda", collate_fn=collate)
+    options |= dict(worker_init_fn=deaf)
     loader = iter(DataLoader(Samples(records, size, native), batch_sampler=mine, **options))
     passed = sum(map(len, batches[:done]))
     bar = tqdm(total=len(records), initial=passed, unit=" images", disable=rank > 0 or None)
@@ -682,7 +689,7 @@ def name_of(path: Path, root: Path) -> str:
 
 def inside(name: str) -> str:
     """That name as a path that stays below a folder, also one that began with / or a drive."""
-    return name.replace(":", "").lstrip("/")
+    return re.sub("^([A-Za-z]):(?=/)", r"\1", name).lstrip("/")
 
 
 def strip(image: Tensor, heat: Tensor, mask: Tensor | None, high: float) -> bytes:
@@ -726,7 +733,8 @@ def page(title: str, text: str, rows: Sequence[Mapping[str, Any]], high: float) 
 def select(records: Sequence[Record], classes: str | None, limit: int | None) -> list[Record]:
     """Some classes, N images of each, evenly spread so that normal and anomalous ones are among them."""
     names = {record.cls for record in records}
-    chosen = names if classes is None else {name.strip() for name in classes.split(",")}
+    split = {name.strip() for name in (classes or "").split(",")}
+    chosen = names if classes is None else {classes} & names or split
     if unknown := chosen - names:
         raise ValueError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     if limit is not None and limit < 1:
@@ -778,6 +786,7 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
     if args.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {args.workers}")
     layout, everything, faults = read_dataset(args.data, args.dataset, args.split)
+    layout = layout if args.dataset == "auto" else layout._replace(names=(args.dataset,))
     records = select(everything, args.classes, args.limit)
     left, classes = {r.path for r in everything} - {r.path for r in records}, {r.cls for r in records}
     faults = [fault for fault in faults if fault.path not in left and fault.cls in classes]
@@ -787,8 +796,10 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
     labels, kinds = [r.label for r in records], {"normal": 0, "anomalous": 1, "unlabelled": None}
     told = ", ".join(f"{labels.count(label)} {kind}" for kind, label in kinds.items() if label in labels)
     if ranks()[0] == 0:
-        name = layout.names[0] if args.dataset == "auto" else args.dataset
-        print(f"{args.data}: layout {name}, {layout.about.replace('{split}', args.split)}", flush=True)
+        print(
+            f"{args.data}: layout {layout.names[0]}, {layout.about.replace('{split}', args.split)}",
+            flush=True,
+        )
         print(
             f"{len(classes)} classes, {len(records)} images: {told}; {len(faults)} files left out", flush=True
         )
@@ -879,6 +890,12 @@ def run(args: argparse.Namespace) -> int:
 
     model, size = load_model(args)
     layout, records, faults = load_data(args)
+    inputs = [path for record in records for path in (record.path, record.mask)]
+    inputs += [args.backbone_weights, Path(args.model), Path(args.model) / "model.safetensors"]
+    inputs = {real(path) for path in inputs if path}
+    for path in filter(None, (args.json, state)):
+        if real(path) in inputs:
+            raise ValueError(f"{path} is read in this run: name another file to write")
     names = {record.path: name_of(record.path, args.data) for record in records}
     labels, counts = [record.label for record in records], Counter(record.cls for record in records)
 

@@ -5,6 +5,8 @@ SOURCE: whatever `VisualAD.from_pretrained` takes; False: nothing is downloaded,
 Further keywords go to `VisualAD.from_pretrained`. Each returns a `VisualAD`: predict, forward, infer.
 """
 
+from dataclasses import replace as _replace
+
 from visualad import BACKBONES as _BACKBONES
 from visualad import VisualAD as _VisualAD
 
@@ -27,7 +29,8 @@ def _build(backbone: str, pretrained: bool | str, kwargs: dict) -> _VisualAD:
             "pass their folder or Hugging Face repo as pretrained, or pass pretrained=False"
         )
     model = _VisualAD.from_pretrained(source, **kwargs)
-    if model.backbone.cfg != _BACKBONES[backbone]:
+    known = _BACKBONES[backbone]  # a file of one's own backbone says all of it but where it is hosted
+    if _replace(model.backbone.cfg, repo=known.repo, file=known.file) != known:
         raise ValueError(f"{source} was not trained on {backbone}, the backbone of this entry point")
     return model
 

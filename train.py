@@ -40,6 +40,7 @@ from evaluate import (
     Told,
     check_outside,
     data_flags,
+    deaf,
     digest_of,
     evaluate,
     fingerprint,
@@ -52,7 +53,7 @@ from evaluate import (
     shrink,
     table,
 )
-from visualad import BACKBONES, Output, VisualAD, find_device, resize, write_atomic
+from visualad import BACKBONES, PRETRAINED, Output, VisualAD, find_device, real, resize, write_atomic
 
 
 # --- 1. losses -------------------------------------------------------------------------------------------
@@ -196,11 +197,6 @@ def step(
     return found
 
 
-def deaf(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # these reach workers too; the loop ends them in order
-        signal.signal(number, signal.SIG_IGN)
-
-
 def fit(
     model: VisualAD, samples: Samples, out: Path, *, epochs: int = 1, batch_size: int = 8, lr: float = 1e-4,
     token_lr: float = 1e-3, accumulate: int = 1, dtype: torch.dtype = torch.float32, compiled: bool = False,
@@ -224,10 +220,6 @@ def fit(
     if done := state["step"]:
         model.load_state_dict({**model.state_dict(), **state["learned"]})
         optimizer.load_state_dict(state["optimizer"])
-    if rank == 0:  # what was logged after the checkpoint will be logged again
-        log = out / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True)[:done] if done else []
-        write_atomic(log, "".join(lines).encode())
 
     def save() -> None:
         if rank == 0:
@@ -240,6 +232,10 @@ def fit(
 
     if not done:
         save()  # what cannot be written is known now, and a run can be resumed from its first step on
+    if rank == 0:  # what was logged after the checkpoint will be logged again
+        log = out / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True)[:done] if done and log.is_file() else []
+        write_atomic(log, "".join(lines).encode())
     stop: list[int] = []
 
     def ask(*_: Any) -> None:  # finish the step first; the second time, don't
@@ -401,12 +397,16 @@ def run(args: argparse.Namespace) -> int:
     for name in ("epochs", "batch_size", "accumulate"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    start = real(Path(args.model)) if args.model and args.model not in PRETRAINED else None
+    if start and real(args.out) in (start, *start.parents):
+        raise ValueError(f"--model {args.model} lies in --out, where the new one goes: choose another folder")
     there = [name for name in FILES if (args.out / name).exists()]
     if there and not args.resume and not args.overwrite:
         raise ValueError(f"{args.out} holds {', '.join(there)}: --resume or --overwrite, or another folder")
     if args.resume and there and "checkpoint.pt" not in there:
         raise ValueError(f"{args.out} holds {', '.join(there)}, but no checkpoint.pt: begin with --overwrite")
-    if not there and args.out.is_dir() and any(args.out.iterdir()):
+    others = [path for path in args.out.iterdir() if not path.match(".*.part")] if args.out.is_dir() else []
+    if others and not there:
         raise ValueError(f"{args.out} holds something else: choose a new folder")
 
     torch.manual_seed(args.seed)

@@ -534,7 +534,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises ValueError as `check_target`."""
     check_target(path)
     path = real(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")  # never longer than a name may be
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -818,6 +818,7 @@ class VisualAD(VisualAD):
         from safetensors.torch import save
 
         folder = Path(save_directory)
+        self.limit((0, 0), 0.0)  # a threshold that is none is an error now, not when it is loaded
         config = {**(config or {}), **self.config()}
         state = self.learned() if self.backbone.cfg.repo else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
@@ -826,7 +827,7 @@ class VisualAD(VisualAD):
             card = {"notes": "", **config, **(model_card_kwargs or {}), "name": name}
             card["repo_id"] = repo_id or str(save_directory)
             card["threshold"] = self.threshold and f"{self.threshold['value']:.4f}"
-            write_atomic(folder / "README.md", CARD.format(**card).encode())
+            write_atomic(folder / "README.md", CARD.format(**card).encode(errors="backslashreplace"))
         write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
         header = {"format": "pt", "config": json.dumps(config)}
         write_atomic(folder / "model.safetensors", save(state, header))
@@ -974,7 +975,7 @@ def to_tensor(image: Any) -> Tensor:
 
 def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     """[3, H, W], uint8 or fp32 in [0, 1] -> fp32 at `size` (H, W): bicubic, antialiased, clamped, and rounded
-    to 1/255 where the input is, within 2/255 of PIL's."""
+    to 1/255 where the input is; photographs come within 2/255 of PIL's."""
     image = F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
     return image.float() / 255 if image.dtype == torch.uint8 else image.clamp(0, 1)
 
@@ -1078,7 +1079,7 @@ class VisualAD(VisualAD):
         self, normal_images: Any, quantile: float = 0.99, *, size: int | Sequence[int] | None = None,
         batch_size: int = 8, sigma: float = 4.0,
     ) -> float:  # fmt: skip
-        """Sets `threshold` to the score that this quantile of the normal images does not exceed; returns it.
+        """Sets `threshold` just above the score that this quantile of normal images keeps to; returns it.
         n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. Raises ValueError."""
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
@@ -1087,6 +1088,7 @@ class VisualAD(VisualAD):
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
         value = scores[math.ceil(quantile * len(scores) - 1e-9) - 1]  # 0.07 * 100 is a little more than 7
+        value += 1e-5  # an image in another batch has other last digits
         made = f"{quantile:g} of {len(scores)} normal images"
         self.threshold = dict(value=value, size=list(self.input_size(size)), sigma=float(sigma), made=made)
         return value
@@ -1167,6 +1169,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"--threshold must be a finite number, got {args.threshold}")
     files = targets(args.images, args.out)
+    good = [*targets([args.calibrate], args.out)] if args.calibrate else []
     if args.json:
         check_target(args.json)  # now, not after an hour
         if real(args.json) in map(real, files):
@@ -1176,8 +1179,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
     model, size = load_model(args)
     settings = dict(size=size, sigma=args.sigma, batch_size=args.batch_size)
-    if args.calibrate:
-        model.calibrate(args.calibrate, **settings)
+    if good:
+        model.calibrate(good, **settings)
     if args.threshold is not None:
         model.threshold = dict(value=args.threshold, size=list(size), sigma=args.sigma, made="--threshold")
     high = model.display_high or len(model.layers)  # half of what the map can reach

@@ -158,12 +158,13 @@ def test_the_authors_checkpoint_runs_with_a_local_backbone(images):
 
 
 def test_plain_images_stay_plain(images):
-    main(["in/a.png", "--threshold", "0"])
+    path = ROOT / "examples" / "anomalous" / "brick-crack.png"
+    main([str(path), "--threshold", "0"])
     model = VisualAD.from_pretrained("tiny")
-    found = model.predict("in/a.png")
-    drawn, image = np.array(Image.open("heatmaps/a.png")), np.array(Image.open("in/a.png"))
+    found = model.predict(path)
+    drawn, image = np.array(Image.open(f"heatmaps/{path.name}")), np.array(Image.open(path))
     assert np.array_equal(drawn[found.map <= 0], image[found.map <= 0])
-    want = overlay("in/a.png", found.map, high=model.display_high)  # one scale, the model's
+    want = overlay(path, found.map, high=model.display_high)  # one scale, the model's
     assert np.array_equal(drawn, np.array(want)) and (found.map > 0).any()
 
 
@@ -201,3 +202,25 @@ def test_the_script_runs_from_another_folder(images):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "in/a.png" in done.stdout, done.stderr
     assert (images / "heatmaps" / "a.png").is_file()
+
+
+def test_heatmaps_are_neither_calibrated_on_nor_written_over_good_images(images, capsys):
+    (images / "in" / "broken.png").unlink()
+    (images / "in").rename(images / "out-of-the-way")
+    (images / "out-of-the-way" / "sub").rename(images / "good")
+    for _ in range(2):  # the second time heatmaps lie there too
+        assert main([".", "--calibrate", ".", "--json", "r.json"]) == 0
+        made = json.loads((images / "r.json").read_text())["settings"]["threshold"]["made"]
+        assert made == "0.99 of 4 normal images"
+    before = (images / "good" / "a.png").read_bytes()
+    capsys.readouterr()
+    assert main(["out-of-the-way", "--out", "good", "--calibrate", "good"]) == 2
+    printed = capsys.readouterr()
+    assert "--out good holds images" in printed.err and "verdict" not in printed.out
+    assert (images / "good" / "a.png").read_bytes() == before
+
+
+def test_a_name_as_long_as_a_name_may_be_stops_nothing(images):
+    long = "\u7f3a" * 80 + "-and-more.png"  # 253 bytes
+    (images / "in" / "a.png").rename(images / "in" / long)
+    assert main([f"in/{long}"]) == 0 and os.listdir("heatmaps") == [long]

@@ -958,6 +958,11 @@ def test_in_a_palette_every_entry_but_black_is_anomalous(tmp_path):
     image.putpalette([255, 255, 255, 0, 0, 0])
     image.save(path)
     assert np.array_equal(read_mask(path), BLOB)
+    for black in (85, 128, 255):  # three times of which is more than eight bits hold
+        image = Image.fromarray(np.where(BLOB, 0, black).astype(np.uint8))
+        image.putpalette([200] * 3 * black + [0, 0, 0])
+        image.save(path)
+        assert np.array_equal(read_mask(path), BLOB)
     image = painted("P")  # index 0 is transparent, too
     image.save(path, transparency=0)
     assert np.array_equal(read_mask(path), BLOB)
@@ -1028,6 +1033,8 @@ def test_without_a_normal_folder_nothing_is_called_anomalous(tmp_path):
 def test_spaces_around_class_names_do_no_harm(tmp_path):
     records = read_dataset(replica(tmp_path, "btad")[0])[1]
     assert {record.cls for record in select(records, " 03, 01", None)} == {"01", "03"}
+    odd = [record._replace(cls="a, b") for record in records]
+    assert {record.cls for record in select(odd + records, "a, b", None)} == {"a, b"}
 
 
 def test_what_lies_too_deep_is_named_and_not_left_out_in_silence(tmp_path):
@@ -1048,11 +1055,12 @@ def test_masks_beside_good_and_bad_are_no_anomalous_images(tmp_path):
     assert [fault.path.parent.name for fault in faults] == ["bad"] and "mask" in faults[0].what
 
 
-@pytest.mark.parametrize(("twice", "anomaly"), [(True, 0), (False, 2)])
-def test_meta_json_lists_each_image_once_with_a_label(tmp_path, twice, anomaly):
+@pytest.mark.parametrize(
+    ("listed", "anomaly"), [(["a.png"] * 2, 0), (["a.png", "./a.png"], 0), (["a.png"], 2)]
+)
+def test_meta_json_lists_each_image_once_with_a_label(tmp_path, listed, anomaly):
     put(tmp_path, {"a.png": "L"})
-    entry = dict(img_path="a.png", mask_path="", cls_name="c", specie_name="good", anomaly=anomaly)
-    (tmp_path / "meta.json").write_text(json.dumps({"test": {"c": [entry] * (1 + twice)}}))
+    meta(tmp_path, {"c": [entry(image, anomaly) for image in listed]})
     with pytest.raises(ValueError, match="a.png is listed twice"):
         read_dataset(tmp_path)
 

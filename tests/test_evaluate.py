@@ -144,6 +144,19 @@ def test_workers_change_nothing(data, whole, tmp_path):
     assert (tmp_path / "r.json").read_bytes() == whole
 
 
+def test_workers_leave_the_signals_to_the_program(data, tmp_path, monkeypatch):
+    made, loader = [], evaluate.DataLoader
+    monkeypatch.setattr(evaluate, "DataLoader", lambda *a, **k: made.append(loader(*a, **k)) or made[-1])
+    assert run(data, "--json", tmp_path / "r.json", "--workers", 1, "--limit", 1) == 0
+    kept = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        made[0].worker_init_fn(0)
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), kept, strict=True):
+            signal.signal(number, handler)
+
+
 def test_damaged_weights_are_an_error_and_not_a_number(data, tmp_path, capsys):
     model = VisualAD.from_pretrained("tiny")
     model.tokens.data[0] = float("nan")
@@ -384,6 +397,31 @@ def test_ctrl_c_says_whether_anything_was_saved(data, tmp_path):
 def test_the_report_and_its_state_are_two_files(data, tmp_path, capsys):
     assert run(data, "--json", tmp_path / "r", "--state", tmp_path / "r") == 2
     assert "two files" in capsys.readouterr().err
+
+
+def test_what_a_run_reads_is_not_written_over(data, tmp_path, capsys):
+    VisualAD.from_pretrained("tiny").save_pretrained(tmp_path / "model")
+    copy = shutil.copytree(data, tmp_path / "data")
+    image, model = copy / "nut" / "test" / "good" / "000.png", tmp_path / "model" / "model.safetensors"
+    before = image.read_bytes(), model.read_bytes()
+    assert run(copy, "--json", image) == 2
+    assert run(copy, "--model", tmp_path / "model", "--state", model) == 2
+    assert run(copy, "--model", model, "--state", model) == 2
+    assert capsys.readouterr().err.count("is read in this run") == 3
+    assert before == (image.read_bytes(), model.read_bytes())
+
+
+def test_no_two_images_share_a_heatmap(tmp_path):
+    names = {evaluate.inside(name) for name in ("1:11.png", "11:1.png", "a:b/c.png", "a/b/c.png", "ab/c.png")}
+    assert len(names) == 5
+    assert [evaluate.inside(name) for name in ("C:/a/b.png", "/a/b.png", "//a.png")] == [
+        "C/a/b.png", "a/b.png", "a.png",
+    ]  # fmt: skip
+
+
+def test_the_report_names_the_dataset_that_was_named(data, tmp_path):
+    assert run(data, "--json", tmp_path / "r.json", "--limit", 2, "--dataset", "mpdd") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["settings"]["dataset"] == "mpdd"
 
 
 def test_names_that_a_terminal_cannot_write_stop_nothing(tmp_path):

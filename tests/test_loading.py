@@ -366,6 +366,13 @@ def test_the_card_tells_how_to_load_and_carries_notes(model, tmp_path):
     assert card.startswith("---\nlibrary_name: visualad\n")
 
 
+def test_a_folder_whose_name_is_no_utf8_takes_a_model(model, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    model.save_pretrained(folder)
+    folder = folder.rename(tmp_path / "plain")  # which safetensors can read
+    assert same(VisualAD.from_pretrained(folder), model) and "caf" in (folder / "README.md").read_text()
+
+
 def test_dtype_casts_the_frozen_blocks_only(tmp_path, model):
     model.save_pretrained(tmp_path)
     half = VisualAD.from_pretrained(tmp_path, dtype=torch.bfloat16)

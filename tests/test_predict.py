@@ -291,18 +291,30 @@ def test_calibrate_keeps_the_size_and_sigma_it_was_made_at():
     model = VisualAD.from_pretrained("tiny")
     value = model.calibrate([picture()], size=(80, 96), sigma=1.0)
     assert model.threshold["size"] == [80, 96] and model.threshold["sigma"] == 1.0
-    assert value == model.predict(picture(), size=(80, 96), sigma=1.0).score
+    assert 0 < value - model.predict(picture(), size=(80, 96), sigma=1.0).score < 2e-5
     assert model.predict(picture(), size=(80, 96), sigma=1.0).anomalous is False
     assert model.predict(picture()).anomalous is None
 
 
-def test_a_bare_number_is_no_threshold(tiny, monkeypatch):
+def test_an_image_calibrated_on_is_not_flagged_in_another_batch():
+    model, normal = VisualAD.from_pretrained("tiny"), [picture(seed=i) for i in range(9)]
+    model.calibrate(normal, quantile=1)
+    for size in (1, 2, 9):
+        assert not any(p.anomalous for p in model.predict(normal, batch_size=size))
+    model.calibrate([normal[0]])
+    assert not any(p.anomalous for p in model.predict([normal[0]] * 8))
+
+
+def test_a_bare_number_is_no_threshold(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "threshold", {"value": 0.5})
     with pytest.raises(ValueError, match="threshold must be None or a dict.*got {'value': 0.5}"):
         tiny.predict(picture())
     monkeypatch.setattr(tiny, "threshold", 0.5)
     with pytest.raises(ValueError, match="threshold must be None or a dict.*got 0.5"):
         tiny.predict(torch.rand(3, 56, 56))
+    with pytest.raises(ValueError, match="threshold must be None or a dict.*got 0.5"):
+        tiny.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibrate_refuses_nothing_and_nonsense(tiny):

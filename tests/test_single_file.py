@@ -9,10 +9,13 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import GOLDEN, ROOT
+
+from visualad import BACKBONES, VisualAD
 
 SOURCE = (ROOT / "visualad.py").read_text()
 
@@ -149,6 +152,16 @@ def test_hub_takes_a_source_of_its_own_backbone_only(tmp_path):
     assert torch.equal(hubconf.visualad_tiny(pretrained=str(tmp_path)).tokens, model.tokens)
     with pytest.raises(ValueError, match="not trained on dinov2-vit-s14"):
         hubconf.visualad_dinov2_vits14(pretrained=str(tmp_path))
+
+
+def test_hub_takes_a_file_that_holds_its_backbone_whole(tmp_path):
+    import hubconf
+
+    own = VisualAD(replace(BACKBONES["dinov2-vit-s14"], repo=None))
+    own.save_pretrained(tmp_path)
+    assert torch.equal(hubconf.visualad_dinov2_vits14(str(tmp_path)).tokens, own.tokens)
+    with pytest.raises(ValueError, match="not trained on dinov2-vit-s14-reg"):
+        hubconf.visualad_dinov2_vits14_reg(str(tmp_path))
 
 
 def test_hub_names_of_the_authors_checkpoints(monkeypatch):

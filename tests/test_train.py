@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -459,7 +460,7 @@ def launch(tmp_path: Path, arguments: list[str], **environment: str) -> subproce
 
 def wait_for_step(out: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists() or len((out / "log.jsonl").read_text().splitlines()) < step:
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < step:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -517,7 +518,7 @@ def test_an_epoch_whose_evaluation_was_lost_is_evaluated_on_resuming(
 
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(flags, whole, tmp_path):
     out = tmp_path / "run"
-    process = launch(tmp_path, flags(out), DIE_IN_SAVE="5")  # the empty log, the checkpoints of steps 0, 1, 2
+    process = launch(tmp_path, flags(out), DIE_IN_SAVE="5")  # checkpoint 0, the empty log, checkpoints 1, 2
     assert process.wait() == -signal.SIGKILL
     assert torch.load(out / "checkpoint.pt")["step"] == 2 and list(out.glob(".*.part"))
     assert train.main(flags(out, "--resume")) == 0
@@ -755,6 +756,24 @@ def test_what_cannot_be_is_told_at_the_door(flags, tmp_path, wrong, hint, capsys
     assert hint in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_model_is_not_replaced_by_what_starts_from_it(flags, start, tmp_path, capsys):
+    own = shutil.copytree(start, tmp_path / "own")
+    for model in (own, own / "model.safetensors"):
+        assert train.main(flags(own, "--model", model, "--overwrite")) == 2
+        assert "lies in --out" in capsys.readouterr().err and (own / "model.safetensors").is_file()
+
+
+def test_a_lost_log_and_half_a_first_save_do_not_keep_a_run_from_going_on(flags, whole, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".checkpoint.pt.123.part").write_bytes(b"half")
+    assert train.main(flags(out, "--resume")) == 0
+    same(out, whole)
+    (out / "log.jsonl").unlink()
+    assert train.main(flags(out, "--resume")) == 0
+    assert VisualAD.from_pretrained(out).threshold == VisualAD.from_pretrained(whole).threshold
+
+
 def test_a_folder_of_something_else_is_left_alone(data, flags, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("x")
     assert train.main(flags(tmp_path)) == 2 and train.main(flags(data / "runs")) == 2
@@ -787,6 +806,8 @@ def test_the_papers_protocol_sets_epochs_by_dataset(data, start, tmp_path, capsy
     assert len(log(tmp_path / "a")) == 2 * 2  # MVTec-AD: two epochs, batches of 8
     assert train.main([*options, "--out", str(tmp_path / "b"), "--epochs", "1"]) == 0
     assert len(log(tmp_path / "b")) == 2
+    assert train.main([*options, "--dataset", "mpdd", "--out", str(tmp_path / "d")]) == 2
+    assert "not mpdd: give --epochs" in capsys.readouterr().err
     photos = str(data / "nut" / "test" / "good")
     more = ["--data", photos, "--synthetic", "--out", str(tmp_path / "c")]
     assert train.main([*options, *more]) == 2
