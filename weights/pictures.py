@@ -693,7 +693,8 @@ def _spot_in(rng: Rng, zone: Array) -> tuple[int, int]:
 def _region(
     rng: Rng, scene: Scene, low: float, high: float, rough: float, soft: float, zone: Array | None = None
 ) -> Array:
-    """An irregular region, `low` to `high` of the image, as 0..1 with an edge `soft` radii wide."""
+    """A region, `low` to `high` of the image, as 0..1 with an edge `soft` radii wide. rough: at 0 it is a
+    true ellipse, as a normal hole is, so that only what is smaller than holes may have it."""
     size = scene.zone.shape[0]
     cy, cx = _spot_in(rng, scene.zone if zone is None else zone)
     x, y = _axes(size)
@@ -787,7 +788,7 @@ def _spots(rng: Rng, scene: Scene, gain: float) -> Defect:
 
 
 def _stain(rng: Rng, scene: Scene, gain: float) -> Defect:
-    alpha = _region(rng, scene, 0.003, 0.25, rng.uniform(0.1, 0.35), rng.uniform(0.05, 0.6))
+    alpha = _region(rng, scene, 0.003, 0.25, rng.uniform(0.15, 0.4), rng.uniform(0.05, 0.6))
     if rng.random() < 0.25:
         # a dried drop leaves mostly its border
         alpha = alpha * (1.1 - _blur(alpha, scene.zone.shape[0] / 50))
@@ -807,7 +808,7 @@ def _tint(rng: Rng, scene: Scene, gain: float) -> Defect:
 
 
 def _paste(rng: Rng, scene: Scene, gain: float) -> Defect:
-    alpha = _region(rng, scene, 0.003, 0.12, rng.choice([0, 0.25]), 0.1)
+    alpha = _region(rng, scene, 0.003, 0.12, rng.choice([0.12, 0.3]), 0.1)
     size = alpha.shape[0]
     img = np.rot90(scene.img, rng.integers(4), (1, 2))[:, :: rng.choice([-1, 1])]
     img = np.roll(img, rng.integers(size // 8, size - size // 8, 2), (1, 2))
@@ -815,13 +816,13 @@ def _paste(rng: Rng, scene: Scene, gain: float) -> Defect:
 
 
 def _foreign(rng: Rng, scene: Scene, gain: float) -> Defect:
-    alpha = _region(rng, scene, 0.001, 0.12, rng.uniform(0, 0.3), rng.uniform(0.05, 0.2))
+    alpha = _region(rng, scene, 0.001, 0.12, rng.uniform(0.12, 0.35), rng.uniform(0.05, 0.2))
     look = scene.look._replace(sat=max(scene.look.sat, 0.3) if scene.look.sat else 0)
     return _mixed(scene, alpha, _texture(rng, alpha.shape[0], look)[0])
 
 
 def _erase(rng: Rng, scene: Scene, gain: float) -> Defect:
-    alpha = _region(rng, scene, 0.002, 0.08, rng.choice([0, 0.2]), 0.08)
+    alpha = _region(rng, scene, 0.002, 0.08, rng.choice([0.12, 0.3]), 0.08)
     flat = _blur(scene.img, alpha.shape[0] / 12) * rng.uniform(0.85, 1.1)
     return _mixed(scene, alpha, scene.back if rng.random() < 0.5 else flat)
 

@@ -66,7 +66,7 @@ SCALE = 8.0  # of map values in the loss: plain cosine differences saturate the 
 KEEP = 1000  # steps from one saved state to the next
 DENSE, DEFECT = 4.0, 4.0  # weights of the added cross-entropy and, in it, of a defective pixel
 AVERAGE = 0.999  # how much of the average of the weights a step keeps
-BLEND = 0.5  # share of the model that --init names in what comes of it
+BLEND = 0.25  # share of the model that --init names in what comes of it
 ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH])
 
 
@@ -231,7 +231,7 @@ def train(
 @torch.no_grad()
 def blend(model: VisualAD, first: VisualAD) -> VisualAD:
     """The model, moved BLEND of the way back to what it started from: on images unlike those it went on with,
-    the mean of both is often better than either. From Wortsman et al., "Robust fine-tuning of zero-shot
+    a mean of both is often better than either. From Wortsman et al., "Robust fine-tuning of zero-shot
     models", CVPR 2022."""
     for ours, theirs in zip(model.parameters(), first.parameters(), strict=True):
         ours.lerp_(theirs.to(ours), BLEND)
