@@ -232,7 +232,7 @@ class SAF(nn.Module):
 
 # --- 4. VisualAD -----------------------------------------------------------------------------------------
 class Output(NamedTuple):
-    """Of `VisualAD.forward`. Map values lie in [-2L, 2L]; 0: as close to one token as to the other."""
+    """Of `VisualAD.forward`. `map` lies in [-2L, 2L], a layer's in [-2, 2]; 0: as close to either token."""
 
     map: Tensor  # [B, H, W], the sum of layer_maps, not smoothed
     score: Tensor  # [B], mean of the brightest 1 % of the map
@@ -256,7 +256,7 @@ class VisualAD(nn.Module):
         self.image_size = cfg.image_size // cfg.patch * cfg.patch if image_size is None else image_size
         check_size((self.image_size, self.image_size), cfg.patch)
         self.backbone = ViT(cfg).requires_grad_(False)
-        self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # the TRAINED final norm; the backbone keeps its own
+        self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # in use: trained, or a copy of the backbone's
         self.tokens = nn.Parameter(0.1 / math.sqrt(cfg.width) * torch.randn(2, cfg.width))  # anomaly, normal
         grid = self.image_size // cfg.patch
         self.sca = nn.ModuleDict({str(layer): SCA(cfg.width, anchors, grid) for layer in self.layers})
@@ -773,7 +773,8 @@ class VisualAD(VisualAD):
         for name, parameter in model.backbone.named_parameters():
             if dtype is not None and not name.startswith("norm."):
                 parameter.data = parameter.data.to(dtype)
-        model.threshold, model.display_high = config["threshold"], config["display_high"]
+        if model.norm_loaded:  # with another norm other scores: no threshold holds
+            model.threshold, model.display_high = config["threshold"], config["display_high"]
         try:
             return model.to(device).eval()
         except (AssertionError, RuntimeError) as error:

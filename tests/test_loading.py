@@ -301,9 +301,12 @@ def test_config_json_is_a_copy_of_the_header(model, tmp_path):
 
 def test_final_norm_chooses_for_our_files_too(model, tmp_path):
     model.norm.weight.data += 0.1
+    model.threshold, model.display_high = dict(value=0.5, size=[56, 56], sigma=4.0, made="by hand"), 0.7
     model.save_pretrained(tmp_path)
-    assert same(model, VisualAD.from_pretrained(tmp_path, final_norm="checkpoint"))
+    kept = VisualAD.from_pretrained(tmp_path, final_norm="checkpoint")
+    assert same(model, kept) and kept.threshold == model.threshold and kept.display_high == 0.7
     plain = VisualAD.from_pretrained(tmp_path, final_norm="backbone")
+    assert plain.threshold is None and plain.display_high is None  # they were for other scores
     assert torch.equal(plain.norm.weight, model.backbone.norm.weight)
     plain.norm.weight.data += 1  # not the same memory
     assert torch.equal(plain.backbone.norm.weight, model.backbone.norm.weight)
