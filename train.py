@@ -93,7 +93,8 @@ def param_groups(model: VisualAD, lr: float = 1e-4, token_lr: float = 1e-3) -> l
 
 
 def token_rate(epoch: int, epochs: int, token_lr: float = 1e-3) -> float:
-    """The tokens' learning rate in an epoch counted from 0: cosine from token_lr towards 1e-4, or less."""
+    """The tokens' learning rate in an epoch counted from 0: cosine from token_lr towards 1e-4, or less. The
+    rest's stays at --lr: the authors' schedule would move it too, but for their 1e-4, where it ends."""
     low = min(1e-4, token_lr)
     return low + (token_lr - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
@@ -360,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start.add_argument("--model", help="begin with this trained one: whatever from_pretrained takes")
     add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
     add("--out", type=Path, required=True, metavar="FOLDER", help="for the model, its card, log, checkpoint")
-    add("--protocol", choices=("paper",), help="the published epochs; the other defaults are published too")
+    add("--protocol", choices=("paper",), help="the published epochs; the other defaults but --dtype are too")
     add("--epochs", type=int, metavar="N", help="(1)")
     add("--batch-size", type=int, default=8, metavar="N", help="of all ranks together (%(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="parts a batch is computed in (%(default)s)")
@@ -371,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--synthetic", nargs="?", choices=("mix", "only"), const="mix", help="paint defects on every second "
         "image that is not anomalous; only: and leave the real anomalous ones out")  # fmt: skip
     add("--device", default=find_device(), help="(%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen blocks; default: by the hardware")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen backbone; default: by the hardware")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--save-every", type=float, default=10, metavar="MINUTES", help="(%(default)s)")
@@ -417,10 +418,12 @@ def run(args: argparse.Namespace) -> int:
         model = VisualAD.from_backbone(args.backbone, args.backbone_weights, image_size=args.size)
     side = model.to(args.device).image_size
     layout, records, faults = load_data(args)
-    epochs = args.epochs or (PAPER_EPOCHS.get(layout.names[0]) if args.protocol else 1)
+    name = layout.names[0]
+    epochs = args.epochs or (PAPER_EPOCHS.get(name) if args.protocol else 1)
     if not epochs:
-        known = ", ".join(PAPER_EPOCHS)
-        raise ValueError(f"--protocol paper is for {known}, not {layout.names[0]}: give --epochs")
+        raise ValueError(f"--protocol paper is for {', '.join(PAPER_EPOCHS)}, not {name}: give --epochs")
+    if args.protocol and not args.epochs and rank == 0:
+        print(f"--protocol paper, taken for {name}: epochs {epochs}", flush=True)
     if args.synthetic == "only":
         records = [record for record in records if record.label != 1]
     labels = {record.label for record in records}

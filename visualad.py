@@ -80,7 +80,7 @@ class Backbone:
 
     @classmethod
     def from_weights(cls, state: dict[str, Tensor], **overrides: Any) -> Backbone:
-        """An unlisted checkpoint's sizes and kind, read off its tensors (heads = width / 64); what they don't
+        """An unlisted checkpoint's sizes and kind, read by section 6 (heads = width / 64); what tensors don't
         tell (activation, mean, std, input size) is the family's default or an override. Raises ValueError."""
         return cls(**{**read_sizes(backbone_state(state)), **overrides})
 
@@ -151,6 +151,8 @@ class ViT(nn.Module):
 
     def __init__(self, cfg: Backbone):
         super().__init__()
+        if cfg.width % cfg.heads or cfg.activation not in ACTIVATIONS:
+            raise ValueError(f"heads must divide the width, activation be of {[*ACTIVATIONS]}; got {cfg}")
         self.cfg, stem, pairs = cfg, [], [*zip((3, *cfg.stem), cfg.stem, strict=False)]
         for a, b in pairs:
             # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.
@@ -309,15 +311,13 @@ def check_layers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
 
 def check_size(size: Sequence[int], patch: int) -> None:
     for side in size:
-        low = max(side // patch, 1) * patch
-        if side != low:
+        if side != (low := max(side // patch, 1) * patch):
             raise ValueError(f"sides must be multiples of {patch} px, got {side}; near: {low}, {low + patch}")
 
 
 def check_images(images: Tensor, patch: int) -> None:
-    shape = list(getattr(images, "shape", ()))
-    if not isinstance(images, Tensor) or not images.is_floating_point() or len(shape) != 4 or shape[1] != 3:
-        got = getattr(images, "dtype", type(images).__name__)
+    shape, got = list(getattr(images, "shape", ())), getattr(images, "dtype", type(images).__name__)
+    if len(shape) != 4 or shape[1] != 3 or 0 in shape or not getattr(got, "is_floating_point", False):
         raise ValueError(f"images must be a float tensor [B, 3, H, W], RGB in [0, 1]; got {got} {shape}")
     check_size(shape[2:], patch)
 
@@ -657,13 +657,13 @@ def read_official(
     state = rename(data, OFFICIAL_NAMES, str(path))
     if {"tokens.anomaly", "tokens.normal"} <= state.keys():
         state["tokens"] = torch.stack([state.pop("tokens.anomaly"), state.pop("tokens.normal")])
-    grid = data["image_size"] // cfg.patch
+    grid = data["image_size"] // cfg.patch  # at 518 px on a patch of 16 they see 512
     for key in [key for key in state if key.endswith(".pos")]:
         rows = state[key].flatten(0, -2)  # a flat table of which training used the first grid * grid rows
         if len(rows) < grid**2:
             raise ValueError(f"{path}: {key} has {len(rows)} positions, wanted {grid} x {grid}")
         state[key] = rows[: grid**2].unflatten(0, (grid, grid))
-    config = dict(backbone=cfg, layers=data["features_list"], image_size=data["image_size"])
+    config = dict(backbone=cfg, layers=data["features_list"], image_size=grid * cfg.patch)
     config |= dict(anchors=data["cross_attn_config"]["num_anchors"])
     return {**config, "threshold": None, "display_high": None, "backbone_digest": None}, state
 
@@ -673,6 +673,12 @@ def weights_digest(backbone: Mapping[str, Tensor]) -> str:
     the same weights come as fp16 and fp32 files."""
     sample = torch.cat([backbone[key].detach().flatten()[::997].half().cpu() for key in sorted(backbone)])
     return hashlib.sha256(bytes(sample.view(torch.uint8).tolist())).hexdigest()[:16]
+
+
+def check_threshold(made: Any) -> None:
+    if not (made is None or isinstance(made, dict) and made.keys() >= {"value", "size", "sigma"}):
+        wanted = "None or a dict of value, size [H, W], sigma and made, as calibrate sets it"
+        raise ValueError(f"threshold must be {wanted}; got {made!r}")
 
 
 CARD = """---
@@ -693,7 +699,7 @@ Tapped layers {layers}, input {image_size} px, threshold {threshold}.
 
 
 class VisualAD(VisualAD):
-    """The same model: how it is loaded and saved."""
+    """The same model: how it is loaded and saved. One class in three parts, so the method reads alone."""
 
     threshold: dict[str, Any] | None = None  # value, the size and sigma it holds for, how it was made
     display_high: float | None = None  # the map value at which `overlay` shows its full colour
@@ -734,7 +740,7 @@ class VisualAD(VisualAD):
         backbone_weights: a path or a state dict; None: what is in the file, or the backbone's own repository.
         final_norm: "backbone" or "checkpoint", the trained one. None: "checkpoint", but "backbone" for the
             authors' files: their published numbers were made so.
-        dtype: of the frozen blocks; what was learned stays fp32.
+        dtype: of the frozen backbone; its final norm and what was learned stay fp32.
         Raises ValueError for what is damaged or does not fit, FileNotFoundError for what cannot be had; warns
         where the model was trained on other backbone weights than these.
         """
@@ -813,13 +819,14 @@ class VisualAD(VisualAD):
         """Writes model.safetensors, complete in itself, config.json, a copy of its config, and a card,
         README.md, if there is none. The frozen backbone goes into the file only if it is hosted nowhere.
 
+        The final norm that is in use goes in as the trained one, also where it was the backbone's own.
         config: further JSON entries. model_card_kwargs: `notes` is text for the card. push_to_hub: upload to
         repo_id too (None: the folder's name); returns the commit's address then.
         """
         from safetensors.torch import save
 
         folder = Path(save_directory)
-        self.limit((0, 0), 0.0)  # a threshold that is none is an error now, not when it is loaded
+        check_threshold(self.threshold)  # an error now, not when it is loaded
         config = {**(config or {}), **self.config()}
         state = self.learned() if self.backbone.cfg.repo else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
@@ -912,7 +919,8 @@ def each(images: Any) -> Iterator[Any]:
 
 
 def decode(image: Any) -> Tensor | np.ndarray:
-    """A path or a PIL image -> RGB [H, W, 3] in 8 bits, or [H, W] in 16; anything else passes through."""
+    """A path or a PIL image, turned as its EXIF says -> RGB [H, W, 3] in 8 bits, or [H, W] in 16; anything
+    else passes through."""
     import numpy as np
 
     if isinstance(image, (str, os.PathLike)):
@@ -1070,10 +1078,7 @@ class VisualAD(VisualAD):
 
     def limit(self, size: tuple[int, int], sigma: float) -> float | None:
         """The threshold's value, if it was made at this size and sigma: others give other scores."""
-        made = self.threshold
-        if not (made is None or isinstance(made, dict) and made.keys() >= {"value", "size", "sigma"}):
-            wanted = "None or a dict of value, size [H, W], sigma and made, as calibrate sets it"
-            raise ValueError(f"threshold must be {wanted}; got {made!r}")
+        check_threshold(made := self.threshold)
         return made["value"] if made and (tuple(made["size"]), made["sigma"]) == (size, sigma) else None
 
     def calibrate(
@@ -1128,7 +1133,12 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, default=4.0, help="of the smoothing, in pixels of the input (%(default)s)")
     add("--device", default=find_device(), help="(%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the frozen blocks")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the frozen backbone",
+    )
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
 
 
@@ -1151,9 +1161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model_flags(parser)
     add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results here too")
-    limit = parser.add_mutually_exclusive_group().add_argument
-    limit("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
-    limit("--calibrate", type=Path, metavar="FOLDER", help="take it from a folder of normal images")
+    choose = parser.add_mutually_exclusive_group().add_argument
+    choose(
+        "--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own"
+    )
+    choose("--calibrate", type=Path, metavar="FOLDER", help="take it from a folder of normal images")
     try:
         return run(parser.parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:

@@ -297,6 +297,12 @@ def test_what_tensors_cannot_tell_can_be_overridden():
     assert cfg.activation == "gelu" and cfg.layers == (2, 3) and cfg.eps == 1e-5 and cfg.heads == 2
 
 
+@pytest.mark.parametrize("field", [dict(heads=3), dict(activation="relu")])
+def test_a_backbone_that_cannot_be_built_is_refused(field):
+    with pytest.raises(ValueError, match="heads must divide the width"):
+        VisualAD(replace(BACKBONES["tiny"], **field))
+
+
 def test_default_taps_are_the_quarters_of_the_depth():
     taps = {name: BACKBONES[name].layers for name in BACKBONES}
     assert taps["clip-vit-l14-336"] == (6, 12, 18, 24) and taps["dinov2-vit-b14"] == (3, 6, 9, 12)

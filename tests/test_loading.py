@@ -145,6 +145,14 @@ def test_the_position_tables_rows_are_read_in_raster_order(official, checkpoint)
     assert torch.equal(official.sca["4"].pos[2, 5], flat[2 * 6 + 5])
 
 
+def test_a_training_size_that_is_no_multiple_of_the_patch_is_rounded_down(official, checkpoint, tmp_path):
+    # as of 518 px on ViT-B/16, where the convolution left the last 6 px out
+    path = save_checkpoint({**checkpoint, "image_size": 84 + 13}, tmp_path)
+    model = VisualAD.from_pretrained(path, backbone_weights=CLIP)
+    assert model.image_size == 84
+    assert torch.equal(model.sca["2"].pos, official.sca["2"].pos)
+
+
 def test_unknown_metadata_is_ignored_and_unknown_tensors_are_not(checkpoint, tmp_path):
     path = save_checkpoint(
         {**checkpoint, "note": "hello", "loss_history": [1.0], "args": {"lr": 0.1}}, tmp_path

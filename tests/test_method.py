@@ -200,7 +200,8 @@ def test_a_whole_model_goes_through_a_pickle(activation):
         (None, "NoneType"),
         (torch.rand(1, 3, 56, 60), "60; near: 56, 70"),
         (torch.rand(1, 3, 7, 56), "7; near: 14, 28"),
-        (torch.rand(1, 3, 0, 56), "0; near"),
+        (torch.rand(1, 3, 0, 56), r"\[1, 3, 0, 56\]"),
+        (torch.rand(0, 3, 56, 56), r"\[0, 3, 56, 56\]"),
     ],
 )
 def test_bad_images_are_named_at_the_door(model, images, message):

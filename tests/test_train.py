@@ -804,6 +804,7 @@ def test_the_papers_protocol_sets_epochs_by_dataset(data, start, tmp_path, capsy
     options = [*map(str, ["--data", data, "--model", start, "--workers", 0, "--protocol", "paper"])]
     assert train.main([*options, "--out", str(tmp_path / "a")]) == 0
     assert len(log(tmp_path / "a")) == 2 * 2  # MVTec-AD: two epochs, batches of 8
+    assert "--protocol paper, taken for mvtec: epochs 2" in capsys.readouterr().out
     assert train.main([*options, "--out", str(tmp_path / "b"), "--epochs", "1"]) == 0
     assert len(log(tmp_path / "b")) == 2
     assert train.main([*options, "--dataset", "mpdd", "--out", str(tmp_path / "d")]) == 2
