@@ -35,7 +35,7 @@ def test_pictures_are_eight_bit_and_about_half_have_a_visible_defect(split):
     samples = [pictures.sample(np.random.default_rng([1, i]), 96, split) for i in range(120)]
     assert all(image.shape == (96, 96, 3) and image.dtype == np.uint8 for image, _, _ in samples)
     anomalous = [mask for _, mask, _ in samples if mask.any()]
-    assert 0.35 < len(anomalous) / len(samples) < 0.65
+    assert 0.35 < len(anomalous) / len(samples) < 0.6
     assert max(mask.mean() for mask in anomalous) < 0.5
     own = {"mixed"} if split == pictures.TRAIN else {make.__name__[1:] for make, _ in pictures.DEFECTS[split]}
     assert {kind for _, mask, kind in samples if mask.any()} == own
@@ -292,9 +292,12 @@ def test_training_starts_from_a_finished_model_on_other_pictures(monkeypatch, tm
     bundled = VisualAD.from_pretrained("tiny").state_dict()
     assert all(torch.equal(still[name], value) for name, value in bundled.items())
     assert [i for split, i in seen if split == pictures.TRAIN] == list(range(40, 48))
-    name = "backbone.blocks.0.qkv.weight"
-    after = tiny.train(images=8, lr=1e-3, **options, dtype=torch.float32).state_dict()
-    assert 0 < (after[name] - bundled[name]).abs().mean() < 1e-2
+    name, moved = "backbone.blocks.0.qkv.weight", []
+    for share in (0.5, 0.0):
+        monkeypatch.setattr(tiny, "BLEND", share)
+        after = tiny.train(images=8, lr=1e-3, **options, dtype=torch.float32).state_dict()
+        moved.append((after[name] - bundled[name]).abs().mean().item())
+    assert 0 < moved[0] == pytest.approx(moved[1] / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -439,9 +439,6 @@ def _object(rng: Rng, size: int, look: Look) -> Callable[[Array, Array, Array, f
     mark = rng.random((int(rng.integers(1, 9)), int(rng.integers(3, 14)))) < rng.uniform(0.3, 0.7)
     mark |= mark[:, ::-1]  # symmetry tells a print from a stain
     mark_w = rng.uniform(0.15, 0.5)
-    halved, cut, other = rng.random() < 0.2, rng.uniform(-0.6, 0.6), 1.6 * _colour(rng, look.sat)
-    gloss, deep, lit = rng.uniform(0.2, 1) * (rng.random() < 0.3), rng.uniform(0.02, 0.4), rng.uniform(0, 6.3)
-    shine = _log_uniform(rng, 0.02, 0.15)
 
     def draw(x: Array, y: Array, back: Array, px: float) -> tuple[Array, Array]:
         d = outline(x, y)
@@ -451,18 +448,12 @@ def _object(rng: Rng, size: int, look: Look) -> Callable[[Array, Array, Array, f
         body = skin * (1 + light[0] * x + light[1] * y + rim * np.exp(-((d / 0.12) ** 2)))
         if banded:
             body = body * bands[np.clip(-d * 14, 0, 11).astype(int)]
-        if halved:
-            body = np.where(y > cut, body * other, body)
         if printed:
             w, h = mark.shape[1] / (2 * mark_w), mark.shape[0] / (2 * mark_w / stretch)
             i, j = np.floor((x + mark_w) * w).astype(int), np.floor((y + mark_w / stretch) * h).astype(int)
             on = (i >= 0) & (j >= 0) & (i < mark.shape[1]) & (j < mark.shape[0])
             on &= mark[j % mark.shape[0], i % mark.shape[1]]
             body = np.where(on, ink, body)
-        if gloss:
-            # a highlight follows the outline on the side of the light
-            side = np.clip(2 * (x * np.cos(lit) + y * np.sin(lit)) / (np.hypot(x, y) + 0.1) - 0.8, 0, 1)
-            body = body + gloss * side * np.exp(-(((d + deep) / shine) ** 2)) * (1 - body)
         if shadow:
             far = outline(x + 0.3 * light[0], y + 0.3 * light[1])
             back = back * (1 - shadow * np.clip(0.7 - far * 6, 0, 1))
@@ -482,9 +473,7 @@ def _bands(rng: Rng, img: Array, look: Look) -> Array:
     for _ in range(count):
         u, _ = _turn(x, y, turn + rng.normal() * 0.02)
         d = (u - rng.uniform(-1, 1)) / _log_uniform(rng, 0.012, 0.4)
-        profile = (
-            np.exp(-(d**2)) if rng.random() < 0.6 else np.clip((1 - np.abs(d)) * rng.uniform(1, 8), 0, 1)
-        )
+        profile = np.exp(-(d**2)) if rng.random() < 0.6 else np.clip(0.5 - d * rng.uniform(0.3, 8), 0, 1)
         img = img * (1 + np.float32(rng.normal() * 0.25) * profile)
     return np.clip(img, 0, 1).astype(np.float32)
 
@@ -504,8 +493,7 @@ def _frame_strips(rng: Rng, img: Array, look: Look) -> Array:
     )
     if len(sides) == 4 and rng.random() < 0.4:
         d = _box(x, y, 1 - wide / 2, 1 - wide / 2, rng.uniform(0.1, 0.9))  # rounded corners
-    # a wide strip of nearly the same tone is a finish that ends, which is a defect
-    dimmed = np.float32(rng.uniform(0.1, 1.8 if wide < 0.15 else 0.4)) * img
+    dimmed = np.float32(rng.uniform(0.1, 1.8)) * img
     strip = dimmed if rng.random() < 0.5 else _texture(rng, size, look, 0.7)[0]
     img = img + np.clip(0.5 + d * size / 2 / soft, 0, 1) * (strip - img)
     if rng.random() < 0.4:
@@ -559,29 +547,14 @@ def _holes(rng: Rng, img: Array, look: Look) -> Array:
     return np.clip(img, 0, 1).astype(np.float32)
 
 
-def _letter(rng: Rng, high: int, wide: int, thick: float) -> Array:
-    """Two to four strokes between the nodes of a 3 x 5 grid, as 0..1."""
-    y, x = np.mgrid[:high, :wide]
-    out = np.zeros((high, wide), np.float32)
-    nodes = rng.integers(0, (3, 5), (int(rng.integers(3, 6)), 2)) * ((wide - 1) / 2, (high - 1) / 4)
-    for (ax, ay), (bx, by) in zip(nodes, nodes[1:], strict=False):
-        t = ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2 + 1e-6)
-        t = np.clip(t, 0, 1)
-        far = np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay))
-        out = np.maximum(out, np.clip((thick + 1) / 2 - far, 0, 1))
-    return out
-
-
 def _text(rng: Rng, img: Array, look: Look) -> Array:
-    """Lines of print, a label or a bar code: glyphs of one size in a row, letters from one small alphabet."""
+    """Lines of print, a label or a bar code: glyphs of one size in a row."""
     size, ink = img.shape[-1], _colour(rng, look.sat)
     high, wide = int(rng.integers(3, size // 8)), int(rng.integers(2, size // 12))
     rows, length = int(rng.choice([1, 2, 4])), int(rng.integers(4, 20))
     gap, fill, pitch = max(wide // 3, 1), rng.uniform(0.35, 0.65), high + max(high // 3, 2)
     top = int(rng.integers(0, max(size - rows * pitch, 1)))  # whole where it fits: one glyph is a stain
     left = int(rng.integers(0, max(size - length * (wide + gap), 1)))
-    thick = rng.uniform(0.8, max(wide / 4, 1))
-    alphabet = [_letter(rng, high, wide, thick) for _ in range(9)] if rng.random() < 0.6 else []
     out = img.copy()
     if rng.random() < 0.3:
         tall, long = rows * pitch, length * (wide + gap)
@@ -591,8 +564,7 @@ def _text(rng: Rng, img: Array, look: Look) -> Array:
             y, x = top + row * pitch, left + k * (wide + gap)
             if y + high > size or x + wide > size or x < 0 or rng.random() < 0.12:
                 continue
-            bits = np.kron(rng.random((5, 3)) < fill, np.ones((1 + high // 5, 1 + wide // 3)))[:high, :wide]
-            glyph = alphabet[rng.integers(9)] if alphabet else bits
+            glyph = np.kron(rng.random((5, 3)) < fill, np.ones((1 + high // 5, 1 + wide // 3)))[:high, :wide]
             out[:, y : y + high, x : x + wide] += glyph * (ink - out[:, y : y + high, x : x + wide])
     return out.astype(np.float32)
 
@@ -904,27 +876,6 @@ def _rough(rng: Rng, scene: Scene, gain: float) -> Defect:
     return _mixed(scene, alpha, np.clip(scene.img + step * grain + rng.normal() * 0.08, 0, 1))
 
 
-def _unfinished(rng: Rng, scene: Scene, gain: float) -> Defect:
-    """A finish that ends or changes: on the smaller side of a ragged edge the same ground is lighter or
-    darker, coarser or smoother, as where grinding, coating or dyeing was uneven."""
-    size, (x, y) = scene.zone.shape[0], _axes(scene.zone.shape[0])
-    cy, cx = _spot_in(rng, scene.zone)
-    u, v = _turn(x - x[0, cx], y - y[cy, 0], rng.integers(2) * np.pi / 2 + rng.normal() * 0.1)
-    d = u if (scene.zone & (u > 0)).sum() < scene.zone.sum() / 2 else -u
-    if rng.random() < 0.3:  # it ends sideways too
-        d = np.minimum(d, rng.uniform(0.3, 0.9) - np.abs(v))
-    if rng.random() < 0.3:  # and starts again
-        d = np.minimum(d, rng.uniform(0.15, 0.9) - np.abs(u))
-    d = d + _noise(rng, size, 1.6) * np.float32(_log_uniform(rng, 0.005, 0.06))
-    alpha = np.clip(d * size / 2 / _log_uniform(rng, 1, size / 12) + 0.5, 0, 1) * scene.zone
-    ground = _blur(scene.img, size / 40)
-    tone, crisp = 1 + gain * rng.uniform(0, 0.35) * rng.choice([-1, 1]), _log_uniform(rng, 0.3, 2.5)
-    grain = _noise(rng, size, rng.uniform(0.2, 1.2), rng.choice([1, rng.uniform(8, 60)]), _angle(rng))
-    grain = grain * (gain * _log_uniform(rng, 0.02, 0.12) * (rng.random() < 0.6))
-    changed = np.clip(ground * np.float32(tone) + (scene.img - ground) * np.float32(crisp) + grain, 0, 1)
-    return _mixed(scene, alpha, changed.astype(np.float32))
-
-
 def _strokes(rng: Rng, scene: Scene, gain: float) -> Defect:
     """A scuff: short strokes side by side."""
     alpha = _region(rng, scene, 0.003, 0.05, 0.2, 0.2)
@@ -1008,7 +959,7 @@ DEFECTS = {
     TRAIN: [
         (_scratch, 0.15), (_crack, 0.09), (_fray, 0.05), (_spots, 0.18), (_stain, 0.1), (_shade, 0.08),
         (_tint, 0.05), (_paste, 0.07), (_foreign, 0.09), (_erase, 0.05), (_chip, 0.07), (_smear, 0.03),
-        (_warp, 0.03), (_rough, 0.07), (_unfinished, 0.12),
+        (_warp, 0.03), (_rough, 0.07),
     ],
     SELECT: [(_strokes, 1), (_splash, 1), (_blister, 1)],
     REPORT: [(_burn, 1), (_flake, 1), (_ghost, 1), (_beads, 1)],
