@@ -758,7 +758,9 @@ class VisualAD(VisualAD):
             cfg = config["backbone"]
             with torch.device("meta"):  # no random numbers that are overwritten at once
                 model = cls(cfg, config["layers"], config["anchors"], config["image_size"])
-        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            if str(path) in str(error):
+                raise
             raise ValueError(f"{path} is no sound VisualAD checkpoint: {error!r}") from error
         for name in ("mean", "std"):
             setattr(model, name, torch.tensor(getattr(cfg, name)).view(3, 1, 1))
