@@ -657,7 +657,7 @@ def read_official(
     state = rename(data, OFFICIAL_NAMES, str(path))
     if {"tokens.anomaly", "tokens.normal"} <= state.keys():
         state["tokens"] = torch.stack([state.pop("tokens.anomaly"), state.pop("tokens.normal")])
-    grid = data["image_size"] // cfg.patch  # at 518 px on a patch of 16 they see 512
+    grid = data["image_size"] // cfg.patch  # their convolution too leaves out what makes no patch
     for key in [key for key in state if key.endswith(".pos")]:
         rows = state[key].flatten(0, -2)  # a flat table of which training used the first grid * grid rows
         if len(rows) < grid**2:
@@ -759,7 +759,7 @@ class VisualAD(VisualAD):
             with torch.device("meta"):  # no random numbers that are overwritten at once
                 model = cls(cfg, config["layers"], config["anchors"], config["image_size"])
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-            if str(path) in str(error):
+            if str(path) in str(error):  # raised by the readers, which know what is wrong
                 raise
             raise ValueError(f"{path} is no sound VisualAD checkpoint: {error!r}") from error
         for name in ("mean", "std"):
@@ -1135,12 +1135,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, default=4.0, help="of the smoothing, in pixels of the input (%(default)s)")
     add("--device", default=find_device(), help="(%(default)s)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the frozen backbone",
-    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the backbone")
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
 
 
@@ -1163,11 +1158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model_flags(parser)
     add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results here too")
-    choose = parser.add_mutually_exclusive_group().add_argument
-    choose(
-        "--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own"
-    )
-    choose("--calibrate", type=Path, metavar="FOLDER", help="take it from a folder of normal images")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
+    which("--calibrate", type=Path, metavar="FOLDER", help="take it from a folder of normal images")
     try:
         return run(parser.parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:

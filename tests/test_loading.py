@@ -146,7 +146,7 @@ def test_the_position_tables_rows_are_read_in_raster_order(official, checkpoint)
 
 
 def test_a_training_size_that_is_no_multiple_of_the_patch_is_rounded_down(official, checkpoint, tmp_path):
-    # as of 518 px on ViT-B/16, where the convolution left the last 6 px out
+    # as 518 px on ViT-B/16, where their convolution leaves the last 6 px out
     path = save_checkpoint({**checkpoint, "image_size": 84 + 13}, tmp_path)
     model = VisualAD.from_pretrained(path, backbone_weights=CLIP)
     assert model.image_size == 84
