@@ -151,7 +151,7 @@ class ViT(nn.Module):
 
     def __init__(self, cfg: Backbone):
         super().__init__()
-        if cfg.width % cfg.heads or cfg.activation not in ACTIVATIONS:
+        if cfg.heads < 1 or cfg.width % cfg.heads or cfg.activation not in ACTIVATIONS:
             raise ValueError(f"heads must divide the width, activation be of {[*ACTIVATIONS]}; got {cfg}")
         self.cfg, stem, pairs = cfg, [], [*zip((3, *cfg.stem), cfg.stem, strict=False)]
         for a, b in pairs:

@@ -297,7 +297,7 @@ def test_what_tensors_cannot_tell_can_be_overridden():
     assert cfg.activation == "gelu" and cfg.layers == (2, 3) and cfg.eps == 1e-5 and cfg.heads == 2
 
 
-@pytest.mark.parametrize("field", [dict(heads=3), dict(activation="relu")])
+@pytest.mark.parametrize("field", [dict(heads=3), dict(heads=0), dict(activation="relu")])
 def test_a_backbone_that_cannot_be_built_is_refused(field):
     with pytest.raises(ValueError, match="heads must divide the width"):
         VisualAD(replace(BACKBONES["tiny"], **field))
