@@ -43,7 +43,7 @@ from tqdm import tqdm  # comes with huggingface_hub
 from visualad import (
     VisualAD,
     ahead,
-    check_target,
+    check_report,
     image_files,
     load_model,
     model_flags,
@@ -564,7 +564,7 @@ def load_state(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
 
 
 def deaf(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # these reach workers too; the program ends them in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # these reach workers too; it is the program that ends
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -804,7 +804,7 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
             f"{len(classes)} classes, {len(records)} images: {told}; {len(faults)} files left out", flush=True
         )
         for fault in faults:
-            print(f"  left out: {fault.what}")
+            print(f"  left out: {fault.what}", flush=True)
     return layout, records, faults
 
 
@@ -884,18 +884,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json and real(args.json) == real(state):
         raise ValueError(f"--json and --state must be two files, got {state}")
     for path in filter(None, (args.json, state)):  # now, not after an hour
-        check_target(path)
+        check_report(path, args, [args.data / row.index for row in LAYOUTS if row.index])
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"no permission to write {path}")
 
     model, size = load_model(args)
     layout, records, faults = load_data(args)
-    inputs = [path for record in records for path in (record.path, record.mask)]
-    inputs += [args.backbone_weights, Path(args.model), Path(args.model) / "model.safetensors"]
-    inputs = {real(path) for path in inputs if path}
-    for path in filter(None, (args.json, state)):
-        if real(path) in inputs:
-            raise ValueError(f"{path} is read in this run: name another file to write")
     names = {record.path: name_of(record.path, args.data) for record in records}
     labels, counts = [record.label for record in records], Counter(record.cls for record in records)
 

@@ -152,7 +152,9 @@ class ViT(nn.Module):
     def __init__(self, cfg: Backbone):
         super().__init__()
         if cfg.heads < 1 or cfg.width % cfg.heads or cfg.activation not in ACTIVATIONS:
-            raise ValueError(f"heads must divide the width, activation be of {[*ACTIVATIONS]}; got {cfg}")
+            raise ValueError(
+                f"{cfg.heads} heads must divide {cfg.width}, {cfg.activation!r} be in {[*ACTIVATIONS]}"
+            )
         self.cfg, stem, pairs = cfg, [], [*zip((3, *cfg.stem), cfg.stem, strict=False)]
         for a, b in pairs:
             # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.
@@ -1139,6 +1141,16 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
 
 
+def check_report(path: Path, args: argparse.Namespace, inputs: Iterable[Path]) -> None:
+    """For a file of results. Raises ValueError as `check_target`, where the run reads this file, and for the
+    name of an image or of weights."""
+    check_target(path)
+    model = Path(args.model)
+    read = {real(p) for p in (*inputs, args.backbone_weights, model, model / "model.safetensors") if p}
+    if real(path) in read or path.suffix.lower() in IMAGE_SUFFIXES | {".safetensors", ".pth", ".bin"}:
+        raise ValueError(f"{path} is read in this run or named like an image or weights: name another file")
+
+
 def load_model(args: argparse.Namespace) -> tuple[VisualAD, tuple[int, int]]:
     """The model and its input size (H, W). Raises as `from_pretrained` and `input_size` do."""
     if args.size and not re.fullmatch(r"\d+(x\d+)?", args.size):
@@ -1179,9 +1191,7 @@ def run(args: argparse.Namespace) -> int:
     files = targets(args.images, args.out)
     good = [*targets([args.calibrate], args.out)] if args.calibrate else []
     if args.json:
-        check_target(args.json)  # now, not after an hour
-        if real(args.json) in map(real, files):
-            raise ValueError(f"--json {args.json} is one of the images")
+        check_report(args.json, args, [*files, *good])  # now, not after an hour
     args.out.mkdir(parents=True, exist_ok=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
@@ -1221,7 +1231,7 @@ def run(args: argparse.Namespace) -> int:
         tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
     limit = model.limit(size, args.sigma)
     verdict = (
-        "no threshold for this size and sigma"
+        f"no threshold{' for this size and sigma' if model.threshold else ''}"
         if limit is None
         else f"{sum(i['anomalous'] for i in images)} above {limit:.4f}"
     )

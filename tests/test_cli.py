@@ -224,3 +224,21 @@ def test_a_name_as_long_as_a_name_may_be_stops_nothing(images):
     long = "\u7f3a" * 80 + "-and-more.png"  # 253 bytes
     (images / "in" / "a.png").rename(images / "in" / long)
     assert main([f"in/{long}"]) == 0 and os.listdir("heatmaps") == [long]
+
+
+def test_json_never_replaces_what_the_run_reads(images, capsys):
+    model = VisualAD.from_pretrained("tiny")
+    model.save_pretrained("mine")
+    read = images / "mine" / "model.safetensors", images / "in" / "sub" / "a.png"
+    before = [path.read_bytes() for path in read]
+    assert main(["in/a.png", "--model", "mine", "--json", str(read[0])]) == 2
+    assert main(["in/a.png", "--calibrate", "in/sub", "--json", str(read[1])]) == 2
+    assert capsys.readouterr().err.count("is read in this run") == 2
+    assert before == [path.read_bytes() for path in read]
+
+
+def test_the_summary_tells_no_threshold_at_all_from_none_for_this_size(images, capsys):
+    main(["in/a.png", "--final-norm", "backbone"])
+    assert "1 images, no threshold, 0 unreadable" in capsys.readouterr().out
+    main(["in/a.png", "--size", "80"])
+    assert "no threshold for this size and sigma," in capsys.readouterr().out

@@ -459,3 +459,14 @@ def test_loading_draws_no_random_numbers(model, tmp_path):
     torch.manual_seed(7)
     VisualAD.from_pretrained(tmp_path)
     assert torch.equal(torch.rand(3), want)
+
+
+def test_a_header_that_cannot_be_built_names_its_file_also_by_a_bare_name(monkeypatch, tmp_path):
+    VisualAD.from_pretrained("tiny").save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with safe_open("model.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    config["backbone"]["heads"] = 3
+    save_file(load_file("model.safetensors"), "model.safetensors", {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match="model.safetensors is no sound VisualAD checkpoint.*3 heads"):
+        VisualAD.from_pretrained("model.safetensors")
