@@ -152,9 +152,7 @@ class ViT(nn.Module):
     def __init__(self, cfg: Backbone):
         super().__init__()
         if cfg.heads < 1 or cfg.width % cfg.heads or cfg.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{cfg.heads} heads must divide {cfg.width}, {cfg.activation!r} be in {[*ACTIVATIONS]}"
-            )
+            raise ValueError(f"{cfg.heads} heads must divide {cfg.width}, {cfg.activation} be an activation")
         self.cfg, stem, pairs = cfg, [], [*zip((3, *cfg.stem), cfg.stem, strict=False)]
         for a, b in pairs:
             # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.

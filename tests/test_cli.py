@@ -177,7 +177,7 @@ def test_plain_images_stay_plain(images):
         (["in/a.png", "--size", "81"], "near: 80, 88"),
         (["in/a.png", "--size", "80,80"], "N or HxW"),
         (["in/a.png", "--threshold", "nan"], "finite"),
-        (["in/a.png", "--json", "in/a.png"], "one of the images"),
+        (["in/a.png", "--json", "in/a.png"], "read in this run"),
         (["in/a.png", "--sigma", "-1"], "sigma"),
         (["in/a.png", "--device", "gpu"], "gpu"),
         (["in/a.png", "--batch-size", "0"], "batch_size"),
