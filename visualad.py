@@ -152,7 +152,7 @@ class ViT(nn.Module):
     def __init__(self, cfg: Backbone):
         super().__init__()
         if cfg.heads < 1 or cfg.width % cfg.heads or cfg.activation not in ACTIVATIONS:
-            raise ValueError(f"{cfg.heads} heads must divide {cfg.width}, {cfg.activation} be an activation")
+            raise ValueError(f"heads must divide the width, activation be of {[*ACTIVATIONS]}; got {cfg}")
         self.cfg, stem, pairs = cfg, [], [*zip((3, *cfg.stem), cfg.stem, strict=False)]
         for a, b in pairs:
             # Each image's own channel statistics: what is odd within ONE image is what a detector looks for.
@@ -753,13 +753,14 @@ class VisualAD(VisualAD):
         path = find(os.fspath(source), hub)
         ours = path.suffix == ".safetensors"
         frozen = None if backbone_weights is None else backbone_state(backbone_weights)
+        config = None
         try:
             config, state = read_ours(path) if ours else read_official(path, frozen)
             cfg = config["backbone"]
             with torch.device("meta"):  # no random numbers that are overwritten at once
                 model = cls(cfg, config["layers"], config["anchors"], config["image_size"])
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-            if str(path) in str(error):  # raised by the readers, which know what is wrong
+            if config is None and str(path) in str(error):  # raised by the readers, which know what is wrong
                 raise
             raise ValueError(f"{path} is no sound VisualAD checkpoint: {error!r}") from error
         for name in ("mean", "std"):
@@ -1145,7 +1146,7 @@ def check_report(path: Path, args: argparse.Namespace, inputs: Iterable[Path]) -
     check_target(path)
     model = Path(args.model)
     read = {real(p) for p in (*inputs, args.backbone_weights, model, model / "model.safetensors") if p}
-    if real(path) in read or path.suffix.lower() in IMAGE_SUFFIXES | {".safetensors", ".pth", ".bin"}:
+    if real(path) in read or real(path).suffix.lower() in IMAGE_SUFFIXES | {".safetensors", ".pth", ".bin"}:
         raise ValueError(f"{path} is read in this run or named like an image or weights: name another file")
 
 

@@ -407,9 +407,11 @@ def test_what_a_run_reads_is_not_written_over(data, tmp_path, capsys):
     (copy / "meta.json").write_text("{}")
     assert run(copy, "--json", image) == 2
     assert run(copy, "--json", copy / "meta.json") == 2
+    (tmp_path / "link.json").symlink_to(image)
+    assert run(copy, "--json", tmp_path / "link.json") == 2
     assert run(copy, "--model", tmp_path / "model", "--state", model) == 2
     assert run(copy, "--model", model, "--state", model) == 2
-    assert capsys.readouterr().err.count("is read in this run") == 4
+    assert capsys.readouterr().err.count("is read in this run") == 5
     assert (copy / "meta.json").read_text() == "{}"
     assert before == (image.read_bytes(), model.read_bytes())
 
