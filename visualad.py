@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import tempfile
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -179,7 +180,7 @@ class ViT(nn.Module):
         positions = resample(positions.unflatten(0, (cfg.grid, cfg.grid)), (h, w), cfg.resample)  # [N, D]
         prefix = cls if guests is None else torch.cat([guests.to(cls.dtype), cls])
         prefix = torch.cat([prefix + cls_position, self.register_tokens[0]])  # [P, D]; registers: no position
-        x, p = self.stem(x.to(prefix.dtype)), self.patch_embed  # a 1 x 1 conv2d would round by the threads:
+        x, p = self.stem(x.to(prefix.dtype)), self.patch_embed  # 1 x 1: conv2d rounds by the thread count
         x = p(x).flatten(2).mT if p.stride[0] > 1 else F.linear(x.flatten(2).mT, p.weight[..., 0, 0], p.bias)
         z, out = self.norm_pre(torch.cat([prefix.expand(x.shape[0], -1, -1), x + positions], dim=1)), {}
         for layer, block in enumerate(self.blocks, 1):
@@ -257,6 +258,7 @@ class VisualAD(nn.Module):
         self.layers, self.anchors = check_layers(cfg.layers if layers is None else layers, cfg.depth), anchors
         self.image_size = cfg.image_size // cfg.patch * cfg.patch if image_size is None else image_size
         check_size((self.image_size, self.image_size), cfg.patch)
+        self.sigma = 4.0  # of the smoothing at test time, in pixels of the input
         self.backbone = ViT(cfg).requires_grad_(False)
         self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # in use: trained, or a copy of the backbone's
         self.tokens = nn.Parameter(0.1 / math.sqrt(cfg.width) * torch.randn(2, cfg.width))  # anomaly, normal
@@ -288,9 +290,9 @@ class VisualAD(nn.Module):
         return Output(fused, image_score(fused), layer_maps, tokens)
 
     @torch.no_grad()
-    def infer(self, images: Tensor, sigma: float = 4.0) -> tuple[Tensor, Tensor]:
+    def infer(self, images: Tensor, sigma: float | None = None) -> tuple[Tensor, Tensor]:
         """The test-time path, no dropout: images as for `forward` -> smoothed map [B, H, W], score [B].
-        sigma: of the Gaussian, in pixels of the input. Raises ValueError as `forward` and for a bad sigma."""
+        sigma: of the Gaussian, in pixels of the input; None: the model's. Raises ValueError."""
         check_images(images, self.backbone.cfg.patch)
         training = [module for module in self.modules() if module.training]
         try:
@@ -299,7 +301,8 @@ class VisualAD(nn.Module):
             for module in training:
                 module.training = True
         # Sum and bilinear resampling are linear: upsampling the summed small map gives forward's map.
-        fused = smooth(upsample(maps.sum(dim=1, keepdim=True), images.shape[-2:])[:, 0], sigma)
+        maps = upsample(maps.float().sum(dim=1, keepdim=True), images.shape[-2:])[:, 0]
+        fused = smooth(maps, self.sigma if sigma is None else sigma)
         return fused, image_score(fused)
 
 
@@ -337,17 +340,15 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:  # [B, H, W] -> [B, H, W]
     """Gaussian of sigma pixels, as scipy.ndimage.gaussian_filter with its defaults; 0: none."""
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a finite number of pixels >= 0, got {sigma}")
-    if sigma == 0:
-        return maps
     offsets = torch.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
-    weights = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
+    weights = torch.softmax(-0.5 * (offsets.double() / (sigma or 1)) ** 2, dim=0)  # 0: one offset, no change
     blur = []  # for the rows, then for the columns: the Gaussian on n pixels as a matrix [n, n]
     for n in maps.shape[-2:]:
         pixel = (torch.arange(n)[:, None] + offsets) % (2 * n)
         pixel = torch.minimum(pixel, 2 * n - 1 - pixel)  # scipy's 'reflect' repeats the border pixel
-        matrix = torch.zeros(n, n, dtype=torch.float64)
-        blur.append(matrix.scatter_add_(1, pixel, (weights / weights.sum()).expand(n, -1)).to(maps))
-    return blur[0] @ maps @ blur[1].mT
+        blur.append(torch.zeros(n, n).double().scatter_add_(1, pixel, weights.expand(n, -1)).to(maps))
+    with torch.autocast(maps.device.type, enabled=False):  # the caller's would round the map to 8 bits
+        return blur[0] @ maps @ blur[1].mT
 
 
 # --- 6. weights and checkpoints --------------------------------------------------------------------------
@@ -534,7 +535,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises ValueError as `check_target`."""
     check_target(path)
     path = real(path)
-    part = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")  # never longer than a name may be
+    part = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.part")  # never longer than a name may be
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -623,7 +624,8 @@ def read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
-        config = {"threshold": None, "display_high": None, "backbone_digest": None, **config}
+        later = dict(sigma=4.0, threshold=None, display_high=None, backbone_digest=None)
+        config = later | config
         if isinstance(cfg := config["backbone"], str):
             config["backbone"] = BACKBONES[cfg]
         else:
@@ -632,9 +634,11 @@ def read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         if not config["backbone"].file.endswith(".safetensors"):
             raise ValueError("a backbone is fetched as safetensors only")
+        if not 0 <= config["sigma"] < math.inf:
+            raise ValueError("sigma must be a finite number of pixels >= 0")
         if limit := config["threshold"]:
             config["threshold"] = {**limit, "value": float(limit["value"]), "size": list(limit["size"])}
-        keys = "backbone layers anchors image_size threshold display_high backbone_digest".split()
+        keys = "backbone layers anchors image_size sigma threshold display_high backbone_digest".split()
         return {key: config[key] for key in keys}, read_tensors(path)
     except Exception as error:
         hint = "a backbone alone goes in as backbone_weights"
@@ -665,7 +669,7 @@ def read_official(
         state[key] = rows[: grid**2].unflatten(0, (grid, grid))
     config = dict(backbone=cfg, layers=data["features_list"], image_size=grid * cfg.patch)
     config |= dict(anchors=data["cross_attn_config"]["num_anchors"])
-    return {**config, "threshold": None, "display_high": None, "backbone_digest": None}, state
+    return {**config, "sigma": 4.0, "threshold": None, "display_high": None, "backbone_digest": None}, state
 
 
 def weights_digest(backbone: Mapping[str, Tensor]) -> str:
@@ -676,8 +680,10 @@ def weights_digest(backbone: Mapping[str, Tensor]) -> str:
 
 
 def check_threshold(made: Any) -> None:
-    if not (made is None or isinstance(made, dict) and made.keys() >= {"value", "size", "sigma"}):
-        wanted = "None or a dict of value, size [H, W], sigma and made, as calibrate sets it"
+    kinds = dict(value=(int, float), size=(list, tuple), sigma=(int, float))
+    sound = isinstance(made, dict) and all(isinstance(made.get(key), kind) for key, kind in kinds.items())
+    if not (made is None or sound and len(made["size"]) == 2):
+        wanted = "None or a dict of value (a float), size [H, W], sigma and made, as calibrate sets it"
         raise ValueError(f"threshold must be {wanted}; got {made!r}")
 
 
@@ -773,6 +779,7 @@ class VisualAD(VisualAD):
         if (made := config["backbone_digest"]) not in (None, model.backbone_digest):
             told = f"{path} was trained on backbone weights of digest {made}, not {model.backbone_digest}"
             warnings.warn(f"{told}: its scores mean nothing on these; pass backbone_weights", stacklevel=2)
+        model.sigma = config["sigma"]
         model.norm_loaded = final_norm == "checkpoint" or (ours and not final_norm)
         if not model.norm_loaded:
             state |= {key: frozen[key].clone() for key in ("norm.weight", "norm.bias")}
@@ -810,8 +817,8 @@ class VisualAD(VisualAD):
         cfg = self.backbone.cfg
         listed = next((name for name, known in BACKBONES.items() if known == cfg and cfg.repo), None)
         config = dict(backbone=listed or asdict(cfg), layers=self.layers, anchors=self.anchors)
-        config |= dict(image_size=self.image_size, threshold=self.threshold, display_high=self.display_high)
-        config |= dict(backbone_digest=self.backbone_digest)
+        config |= dict(image_size=self.image_size, sigma=self.sigma, threshold=self.threshold)
+        config |= dict(display_high=self.display_high, backbone_digest=self.backbone_digest)
         return json.loads(json.dumps(config))
 
     def save_pretrained(
@@ -1030,28 +1037,32 @@ class VisualAD(VisualAD):
     `save_pretrained` keeps it; `forward` and `infer` take tensors. Arguments: see section 4."""
 
     def predict(
-        self, images: Any, *, size: int | Sequence[int] | None = None, batch_size: int = 8, sigma: float = 4.0
-    ) -> Prediction | list[Prediction]:
+        self, images: Any, *, size: int | Sequence[int] | None = None, batch_size: int = 8,
+        sigma: float | None = None,
+    ) -> Prediction | list[Prediction]:  # fmt: skip
         """Scores and maps for images of any size: one `Prediction` for one image, else a list in order.
 
         images: a path, a folder (recursive, sorted), a PIL image, an array [H, W, 3] or [H, W] (uint8, uint16
             or float in [0, 1]), a tensor [3, H, W] or [B, 3, H, W], or an iterable that mixes them.
         size: the network's input, a side or (H, W), multiples of the patch; None: `image_size`.
-        sigma: of the smoothing, in pixels of that input. The score is taken there, the map then resized.
+        sigma: of the smoothing, in pixels of that input; None: the model's. The score is taken there, the map
+            then resized.
         Raises ValueError for what is no image, FileNotFoundError.
         """
         found = list(self.predict_iter(images, size=size, batch_size=batch_size, sigma=sigma))
         return found[0] if is_one(images) else found
 
     def predict_iter(
-        self, images: Any, *, size: int | Sequence[int] | None = None, batch_size: int = 8, sigma: float = 4.0
-    ) -> Iterator[Prediction]:
+        self, images: Any, *, size: int | Sequence[int] | None = None, batch_size: int = 8,
+        sigma: float | None = None,
+    ) -> Iterator[Prediction]:  # fmt: skip
         """`predict`, one prediction after the other, in constant memory. Up to three batches are read ahead;
         with batch_size=1 each answer comes before the next image is asked for."""
         size = self.input_size(size)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        limit = self.limit(size, sigma)
+        sigma = self.sigma if sigma is None else sigma
+        limit = self.threshold_for(size, sigma)
 
         def prepare(image: Any) -> tuple[Tensor, torch.Size]:
             if isinstance(image, tuple):
@@ -1079,14 +1090,14 @@ class VisualAD(VisualAD):
         check_size((h, w), self.backbone.cfg.patch)
         return h, w
 
-    def limit(self, size: tuple[int, int], sigma: float) -> float | None:
+    def threshold_for(self, size: tuple[int, int], sigma: float) -> float | None:
         """The threshold's value, if it was made at this size and sigma: others give other scores."""
         check_threshold(made := self.threshold)
         return made["value"] if made and (tuple(made["size"]), made["sigma"]) == (size, sigma) else None
 
     def calibrate(
         self, normal_images: Any, quantile: float = 0.99, *, size: int | Sequence[int] | None = None,
-        batch_size: int = 8, sigma: float = 4.0,
+        batch_size: int = 8, sigma: float | None = None,
     ) -> float:  # fmt: skip
         """Sets `threshold` just above the score that this quantile of normal images keeps to; returns it.
         n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. Raises ValueError."""
@@ -1096,10 +1107,12 @@ class VisualAD(VisualAD):
         scores = sorted(prediction.score for prediction in found)
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
-        value = scores[math.ceil(quantile * len(scores) - 1e-9) - 1]  # 0.07 * 100 is a little more than 7
+        place = math.ceil(quantile * len(scores) - 1e-9)  # 0.07 * 100 is a little more than 7
+        value = scores[max(place, 1) - 1]
         value += 1e-5  # an image in another batch has other last digits
         made = f"{quantile:g} of {len(scores)} normal images"
-        self.threshold = dict(value=value, size=list(self.input_size(size)), sigma=float(sigma), made=made)
+        sigma = float(self.sigma if sigma is None else sigma)
+        self.threshold = dict(value=value, size=list(self.input_size(size)), sigma=sigma, made=made)
         return value
 
 
@@ -1134,7 +1147,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
     add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
-    add("--sigma", type=float, default=4.0, help="of the smoothing, in pixels of the input (%(default)s)")
+    add("--sigma", type=float, help="of the smoothing, in pixels of the input; default: the model's")
     add("--device", default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the backbone")
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
@@ -1151,12 +1164,14 @@ def check_report(path: Path, args: argparse.Namespace, inputs: Iterable[Path]) -
 
 
 def load_model(args: argparse.Namespace) -> tuple[VisualAD, tuple[int, int]]:
-    """The model and its input size (H, W). Raises as `from_pretrained` and `input_size` do."""
+    """The model and its input size (H, W); the model's sigma goes into `args` where none was given. Raises as
+    `from_pretrained` and `input_size` do."""
     if args.size and not re.fullmatch(r"\d+(x\d+)?", args.size):
         raise ValueError(f"--size must be N or HxW, got {args.size}")
     size = [int(side) for side in args.size.split("x")] * (2 - args.size.count("x")) if args.size else None
     options = dict(backbone_weights=args.backbone_weights, final_norm=args.final_norm, device=args.device)
     model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
+    args.sigma = model.sigma if args.sigma is None else args.sigma
     return model, model.input_size(size)
 
 
@@ -1228,7 +1243,7 @@ def run(args: argparse.Namespace) -> int:
         images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(files[path])))
         verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
         tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
-    limit = model.limit(size, args.sigma)
+    limit = model.threshold_for(size, args.sigma)
     verdict = (
         f"no threshold{' for this size and sigma' if model.threshold else ''}"
         if limit is None

@@ -45,7 +45,7 @@ def test_a_folder_gives_a_table_heatmaps_and_json(images, capsys):
             record["score"] == pytest.approx(want.score, abs=1e-5) and record["anomalous"] == want.anomalous
         )
         assert f"{record['score']:8.4f}" in printed.out
-    assert report["settings"]["size"] == [224, 224] and report["settings"]["sigma"] == 4.0
+    assert report["settings"]["size"] == [224, 224] and report["settings"]["sigma"] == 1.7
 
 
 def test_an_interrupt_is_one_line(images, monkeypatch, capsys):

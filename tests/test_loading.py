@@ -399,6 +399,7 @@ def test_dtype_casts_the_frozen_blocks_only(tmp_path, model):
     [
         dict(layers="24"), dict(layers=2), dict(anchors="4"), dict(image_size="56"), dict(threshold=5),
         dict(threshold={"value": "a", "size": [1, 1], "sigma": 1}), dict(threshold=[1]),
+        dict(sigma="4"), dict(sigma=-1), dict(sigma=float("inf")),
         *(dict(backbone={**asdict(SMALL), **change}) for change in (
             dict(width="64"), dict(patch=0), dict(activation="x"), dict(registers=-1), dict(wheels=4),
             dict(repo="evil/repo", file="pytorch_model.bin"),
@@ -413,13 +414,13 @@ def test_a_header_that_makes_no_sense_is_a_value_error(model, tmp_path, change):
         VisualAD.from_pretrained(tmp_path / "a.safetensors")
 
 
-def test_a_header_may_leave_out_the_threshold_and_half_precision_comes_back_in_fp32(model, tmp_path):
-    later = ("threshold", "display_high", "backbone_digest")
+def test_a_header_may_leave_out_threshold_and_sigma_and_half_precision_comes_back_in_fp32(model, tmp_path):
+    later = ("sigma", "threshold", "display_high", "backbone_digest")
     config = {k: v for k, v in model.config().items() if k not in later}
     half = {k: v.half() for k, v in model.state_dict().items()}
     save_file(half, tmp_path / "a.safetensors", {"config": json.dumps(config)})
     loaded = VisualAD.from_pretrained(tmp_path / "a.safetensors")
-    assert loaded.threshold is None and loaded.tokens.dtype == torch.float32
+    assert loaded.threshold is None and loaded.tokens.dtype == torch.float32 and loaded.sigma == 4
 
 
 def test_device_and_dtype_are_checked_and_honoured(model, tmp_path):

@@ -210,6 +210,7 @@ def test_predictions_are_plain_floats_in_any_precision(tiny, cast):
         found = getattr(model, cast)().predict(picture())
     assert found.map.dtype == np.float32 and isinstance(found.score, float)
     assert found.score == pytest.approx(want, abs=0.1)
+    assert len(np.unique(found.map)) > 10_000  # smoothed and resized in fp32
 
 
 def test_a_compiled_patch_maps_serves_predict(tiny):
@@ -262,7 +263,7 @@ def test_the_threshold_decides_only_where_it_was_made(tiny):
     model.threshold = None
     assert model.predict(picture()).anomalous is None
     score = model.predict(picture()).score
-    model.threshold = dict(value=score, size=[224, 224], sigma=4.0, made="by hand")
+    model.threshold = dict(value=score, size=[224, 224], sigma=1.7, made="by hand")
     assert model.predict(picture()).anomalous is False  # above, not at
     model.threshold["value"] = score - 1e-6
     assert model.predict(picture()).anomalous is True
@@ -282,7 +283,7 @@ def test_calibrate_sets_the_quantile_of_normal_scores_and_it_is_saved(quantile, 
     assert (
         kept["value"] == value
         and kept["size"] == [224, 224]
-        and kept["sigma"] == 4.0
+        and kept["sigma"] == 1.7
         and "10" in kept["made"]
     )
 
@@ -294,6 +295,25 @@ def test_calibrate_keeps_the_size_and_sigma_it_was_made_at():
     assert 0 < value - model.predict(picture(), size=(80, 96), sigma=1.0).score < 2e-5
     assert model.predict(picture(), size=(80, 96), sigma=1.0).anomalous is False
     assert model.predict(picture()).anomalous is None
+
+
+def test_the_smallest_quantile_is_the_smallest_score(tiny):
+    model, normal = VisualAD.from_pretrained("tiny"), [picture(seed=i) for i in range(4)]
+    assert model.calibrate(normal, 1e-12) == min(p.score for p in model.predict(normal)) + 1e-5
+
+
+def test_the_models_sigma_is_the_default_everywhere_and_is_saved(tmp_path):
+    model = VisualAD("tiny").eval()
+    assert model.sigma == 4.0
+    model.sigma = 2.5
+    want = model.predict(picture(), sigma=2.5)
+    assert model.predict(picture()).score == want.score != model.predict(picture(), sigma=4.0).score
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(model.infer(x)[0], model.infer(x, 2.5)[0])
+    model.calibrate([picture()])
+    assert model.threshold["sigma"] == 2.5 and model.predict(picture()).anomalous is False
+    model.save_pretrained(tmp_path)
+    assert VisualAD.from_pretrained(tmp_path).predict(picture()).score == want.score
 
 
 def test_an_image_calibrated_on_is_not_flagged_in_another_batch():
@@ -315,6 +335,11 @@ def test_a_bare_number_is_no_threshold(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="threshold must be None or a dict.*got 0.5"):
         tiny.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+    for wrong in (dict(size=224), dict(size=[224]), dict(value=np.float32(0.5)), dict(sigma="4")):
+        made = dict(value=0.5, size=[224, 224], sigma=4.0) | wrong
+        monkeypatch.setattr(tiny, "threshold", made)
+        with pytest.raises(ValueError, match="threshold must be None or a dict"):
+            tiny.predict(picture())
 
 
 def test_calibrate_refuses_nothing_and_nonsense(tiny):

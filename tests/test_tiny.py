@@ -326,19 +326,43 @@ def test_too_few_images_make_no_model():
         tiny.train(images=8, batch=16, lr=1e-3, workers=0)
 
 
+def test_what_comes_of_a_training_is_the_average_of_its_weights(monkeypatch):
+    small(monkeypatch)
+    monkeypatch.setattr(tiny, "AVERAGE", 0.5)
+    seen, step = [], torch.optim.AdamW.step
+
+    def kept(self, *args):
+        result = step(self, *args)
+        seen.append(torch.cat([p.detach().flatten() for group in self.param_groups for p in group["params"]]))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", kept)
+    model = tiny.train(images=32, batch=4, lr=1e-3, workers=0, held_out=25)
+    want = seen[0]
+    for weights in seen[1:]:
+        want = want + (weights - want) * 0.5
+    got = [p for p in model.parameters() if p.ndim > 1] + [p for p in model.parameters() if p.ndim <= 1]
+    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in got]), want, rtol=0, atol=1e-6)
+    assert (want - seen[-1]).abs().max() > 1e-5
+
+
 def test_two_processes_take_the_steps_of_one(monkeypatch, tmp_path):
     small(monkeypatch)
-    alone = tiny.train(images=32, batch=4, lr=1e-3, workers=0, held_out=25).state_dict()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)  # it hides a gradient's scale
+    options = dict(images=32, batch=4, lr=1e-3, workers=0, held_out=25)
+    alone = tiny.train(**options, state=tmp_path / "alone.state").state_dict()
     script = tmp_path / "both.py"
     script.write_text(
         f"""import sys, torch
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from weights import tiny
-tiny.STAGES, tiny.WARM_UP, tiny.AVERAGE = ((48, 0.75), (64, 0.25)), 4, 0.0
+tiny.STAGES, tiny.WARM_UP, tiny.AVERAGE, tiny.KEEP = ((48, 0.75), (64, 0.25)), 4, 0.0, 3
+torch.nn.utils.clip_grad_norm_ = lambda *_: None
 seen, real = [], tiny.Pictures.__getitem__
 tiny.Pictures.__getitem__ = lambda self, i: (seen.append((self.size, self.split, i)), real(self, i))[1]
 torch.distributed.init_process_group("gloo")
-model = tiny.train(images=32, batch=4, lr=1e-3, workers=0, held_out=25)
+model = tiny.train(**{options!r}, state=Path({str(tmp_path)!r}) / "both.state")
 torch.save((seen, model.state_dict()), {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -353,6 +377,9 @@ torch.distributed.destroy_process_group()
             trained = [i for side, split, i in own if (side, split) == (size, pictures.TRAIN)]
             assert trained == list(indices)[rank::2]
     assert all(torch.equal(shares[0][name], shares[1][name]) for name in alone)
+    moments = [torch.load(tmp_path / f"{name}.state", weights_only=True) for name in ("alone", "both")]
+    moments = [torch.cat([x["exp_avg"].flatten() for x in m["optimizer"]["state"].values()]) for m in moments]
+    assert moments[1].norm().item() == pytest.approx(moments[0].norm().item(), rel=0.1)
     together, alone = (torch.cat([x.flatten() for x in d.values()]) for d in (shares[0], alone))
     # bf16 rounds by the batch: 0.0003; where both take the same images it is 0.002
     assert (together - alone).abs().mean() < 1e-3
@@ -376,7 +403,7 @@ def test_a_short_training_writes_a_model_that_loads(tmp_path, capsys):
 class Brightness:
     """A model whose figures another library can check; it also is a method of `measure`."""
 
-    image_size, threshold, tokens = 48, None, torch.zeros(2, 1)
+    image_size, sigma, threshold, tokens = 48, 3.0, None, torch.zeros(2, 1)
 
     def infer(self, x):
         return x.mean(dim=1), x.mean(dim=(1, 2, 3))
@@ -392,6 +419,7 @@ def test_the_threshold_flags_a_twentieth_of_the_selected_normals():
     assert (normal > model.threshold["value"] + 1e-6).sum() == int(0.05 * len(normal))
     peaks = [(x[0].max() * x.std()).item() for x, anomalous in pairs if anomalous]
     assert model.display_high == pytest.approx(np.quantile(peaks, 0.9), abs=1e-5)
+    assert model.threshold["sigma"] == 3.0
     assert model.threshold["size"] == [48, 48] and str(len(normal)) in model.threshold["made"]
 
 
@@ -474,7 +502,7 @@ def photos(tmp_path):
 
 def test_a_dataset_is_measured_at_its_own_size_against_its_masks(photos):
     (records,) = tiny.labelled(photos(masks=2)).values()
-    batches = list(tiny.real(records, 32))
+    batches = list(tiny.photographs(records, 32))
     assert [b.labels for b in batches] == [[0], [0], [1], [1]] and batches[3].kinds == ["odd"]
     assert batches[2].images.shape == (1, 3, 32, 32) and batches[2].masks.shape == (1, 40, 60)
     assert [int(b.masks.sum()) for b in batches] == [0, 0, 65, 65]
@@ -483,7 +511,7 @@ def test_a_dataset_is_measured_at_its_own_size_against_its_masks(photos):
 def test_a_dataset_without_masks_leaves_the_pixels_out(photos):
     (records,) = tiny.labelled(photos(masks=0)).values()
     torch.manual_seed(0)
-    table = tiny.report(VisualAD("tiny").eval(), "mine", tiny.real(records, 32))
+    table = tiny.report(VisualAD("tiny").eval(), "mine", tiny.photographs(records, 32))
     assert cells(table)["chance"][:9] == ["4 / 2", "50.0", "66.7", "50.0", "-", "-", "-", "-"]
 
 

@@ -65,6 +65,7 @@ WARM_UP = 500  # steps to the full rate, which stays until the last stage and fa
 SCALE = 8.0  # of map values in the loss: plain cosine differences saturate the sigmoid late
 KEEP = 1000  # steps from one saved state to the next
 DENSE, DEFECT = 4.0, 4.0  # weights of the added cross-entropy and, in it, of a defective pixel
+SIGMA = 1.7  # px of the smoothing: what the paper's 4 of 518 px are of 224
 AVERAGE = 0.999  # how much of the average of the weights a step keeps
 BLEND = 0.25  # share of the model that --init names in what comes of it
 ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH])
@@ -159,6 +160,7 @@ def train(
         mimic(model)
     elif model.backbone.cfg != BACKBONES["tiny"]:
         raise ValueError(f"{init} is of another network than tiny")
+    model.sigma = SIGMA
     model.to(device).requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -257,7 +259,7 @@ def decide(model: VisualAD, count: int = 2000) -> None:
         peaks += maps[anomalous].amax(dim=(1, 2)).tolist()
     value = sorted(normal)[math.ceil(0.95 * len(normal)) - 1]
     made = f"0.95 of {len(normal)} procedural normal images"
-    model.threshold = dict(value=value, size=[model.image_size] * 2, sigma=4.0, made=made)
+    model.threshold = dict(value=value, size=[model.image_size] * 2, sigma=model.sigma, made=made)
     model.display_high = max(float(np.quantile(peaks, 0.9)), 0.01)
 
 
@@ -297,7 +299,7 @@ def procedural(split: int, count: int, size: int) -> Iterator[Batch]:
         yield Batch(images, masks, masks.flatten(1).any(dim=1).long().tolist(), list(kinds))
 
 
-def real(records: Sequence[Record], size: int) -> Iterator[Batch]:
+def photographs(records: Sequence[Record], size: int) -> Iterator[Batch]:
     """Images of one class of a dataset that evaluate.py reads."""
     for record in records:
         image, mask = read(record)
@@ -375,7 +377,9 @@ def report(model: VisualAD, name: str, batches: Iterable[Batch]) -> str:
     """The table of one set of images: the model, also by kind of defect, and what it has to beat. Of the
     contrasts the one of the best image AUROC."""
     torch.manual_seed(SEED)
-    methods = {"tiny": model.infer, "untrained": VisualAD("tiny").to(find_device()).infer, "chance": chance}
+    untrained = VisualAD("tiny").to(find_device())
+    untrained.sigma = model.sigma
+    methods = {"tiny": model.infer, "untrained": untrained.infer, "chance": chance}
     for scale in (1, 2, 4, 8):
         methods[f"contrast, {scale} px"] = contrast(scale)
     found = measure(methods, batches, model.threshold and model.threshold["value"])
@@ -487,7 +491,7 @@ def run(args: argparse.Namespace) -> int:
     for name, classes in sets.items():
         for cls, records in classes.items():
             title = name if len(classes) == 1 else f"{name}, {cls}"
-            print(f"\n{report(model, title, real(records, model.image_size))}")
+            print(f"\n{report(model, title, photographs(records, model.image_size))}")
     return 0
 
 
