@@ -263,16 +263,12 @@ def matched(
 # --- 2. images and masks ---------------------------------------------------------------------------------
 def read_mask(path: str | os.PathLike) -> Tensor:
     """A mask file -> bool [H, W], true where anomalous: above 0, but above 127 in a JPEG, whose zeros are not
-    exact; in a palette image, any entry but the black one. Raises ValueError, FileNotFoundError."""
+    exact. Of colours one is enough; alpha does not count. Raises ValueError, FileNotFoundError."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
             lossy, image = file.format in ("JPEG", "MPO"), ImageOps.exif_transpose(file)
-        if image.mode == "P":
-            index, palette = np.asarray(image), image.getpalette("RGB")
-            black = [i for i in np.unique(index).tolist() if palette[3 * i : 3 * i + 3] == [0, 0, 0]]
-            return torch.from_numpy(index != (black or [0])[0])
         if image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
             image = image.convert("RGB")  # which drops an alpha channel
         values = np.asarray(image)
@@ -285,10 +281,11 @@ def read_mask(path: str | os.PathLike) -> Tensor:
 
 
 def shrink(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """bool [H, W] -> bool at `size`, as the published protocol does: bilinear, antialiased, above a half."""
+    """bool [H, W] -> bool at `size`, as the published protocol has it: bilinear, antialiased, >= a half."""
     if not mask.any():
         return torch.zeros(*size, dtype=torch.bool)
-    return F.interpolate(mask[None, None].float(), tuple(size), mode="bilinear", antialias=True)[0, 0] > 0.5
+    share = F.interpolate(mask[None, None].float(), tuple(size), mode="bilinear", antialias=True)[0, 0]
+    return share > 0.5 - 1e-6  # Pillow rounds 127.5 of 255 up; sums of floats come out a little under a half
 
 
 def read(record: Record) -> tuple[Tensor, Tensor | None]:
@@ -401,7 +398,7 @@ class PixelHistogram:
 
     low, high: the range of the values, [-2L, 2L] for VisualAD. Pixels of one bin count as tied: metrics are
     exact for values rounded to the middles of the bins, and within 1e-4 on raw maps as long as their standard
-    deviation is at least 2,500 bin widths. Raises ValueError for an empty range.
+    deviation is at least 2,500 bin widths. device: cpu or cuda. Raises ValueError for an empty range.
     """
 
     def __init__(self, low: float, high: float, bins: int = 2**20, device: str | torch.device = "cpu"):
@@ -570,8 +567,9 @@ def deaf(_worker: int) -> None:
 
 def evaluate(
     model: VisualAD, records: Sequence[Record], *, size: int | Sequence[int] | None = None,
-    sigma: float = 4.0, batch_size: int = 8, workers: int = 0, native: bool = False, pro: str = "exact",
-    bins: int = 2**20, each: Callable[[Record, Tensor, Tensor, Tensor | None], None] | None = None,
+    sigma: float | None = None, batch_size: int = 8, workers: int = 0, native: bool = False,
+    pro: str = "exact", bins: int = 2**20,
+    each: Callable[[Record, Tensor, Tensor, Tensor | None], None] | None = None,
     state: Path | None = None, key: Mapping[str, Any] | None = None, resume: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Scores records -> {"classes": {class: {metric: value or None}}, "mean": {metric: value or None},
@@ -731,7 +729,7 @@ def page(title: str, text: str, rows: Sequence[Mapping[str, Any]], high: float) 
 
 
 def select(records: Sequence[Record], classes: str | None, limit: int | None) -> list[Record]:
-    """Some classes, N images of each, evenly spread so that normal and anomalous ones are among them."""
+    """Some classes, and N images of each, evenly spread over its sorted list; few may miss a kind."""
     names = {record.cls for record in records}
     split = {name.strip() for name in (classes or "").split(",")}
     chosen = names if classes is None else {classes} & names or split

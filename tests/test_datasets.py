@@ -963,6 +963,10 @@ def test_in_a_palette_every_entry_but_black_is_anomalous(tmp_path):
         image.putpalette([200] * 3 * black + [0, 0, 0])
         image.save(path)
         assert np.array_equal(read_mask(path), BLOB)
+    image = Image.fromarray(np.full((H, W), 3, np.uint8))  # a palette without black
+    image.putpalette([200] * 3 * 4)
+    image.save(path)
+    assert read_mask(path).all()
     image = painted("P")  # index 0 is transparent, too
     image.save(path, transparency=0)
     assert np.array_equal(read_mask(path), BLOB)
@@ -1011,6 +1015,15 @@ def test_shrink_is_pils_but_for_a_few_pixels_of_the_border(size, r):
     off = got != (values > 127)
     assert got.shape == size and got.dtype == bool and got.any()
     assert off.sum() <= 0.003 * got.size and (np.abs(values[off] - 127) <= 2).all()
+
+
+@pytest.mark.parametrize("side", [56, 518])
+def test_a_pixel_that_is_half_covered_stays_anomalous_as_with_pillow(side):
+    mask = disk(2 * side, 2 * side, 0.6 * side)
+    values = Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), Image.BILINEAR)
+    values = np.asarray(values)
+    assert (values == 128).any()  # 127.5, rounded
+    assert np.array_equal(shrink(torch.from_numpy(mask), (side, side)).numpy(), values > 127)
 
 
 def test_shrink_keeps_nothing_everything_and_its_own_size():
