@@ -17,6 +17,7 @@ import functools
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -243,6 +244,8 @@ def fit(
         if stop:
             raise KeyboardInterrupt
         stop.append(1)
+        if rank == 0:  # unbuffered: a signal can come in the middle of a print
+            os.write(2, b"\ntrain: will stop after this step or evaluation; a second time stops it at once\n")
 
     model.train()
     for block in model.backbone.blocks if checkpoint_activations else ():
@@ -301,6 +304,8 @@ def fit(
             if each_epoch:
                 each_epoch(epoch + 1)
             saved = time.monotonic()
+            if any(gather(bool(stop))):  # during the evaluation
+                return False
         return True
     finally:
         bar.close()
@@ -335,7 +340,7 @@ def decide(model: VisualAD, samples: Samples, batch_size: int, workers: int) -> 
     value = (score[best] + score[best + 1]) / 2 if best + 1 < len(score) else score[best] - 1e-3
     made = f"best F1 ({f1[best]:.3f}) on the {len(score)} images trained on"
     size = list(samples.size)
-    model.threshold = dict(value=float(value), size=size, sigma=4.0, made=made)
+    model.threshold = dict(value=float(value), size=size, sigma=model.sigma, made=made)
     model.display_high = max(float(np.quantile(peak[label == 1], 0.9)), 0.01)
     return made
 

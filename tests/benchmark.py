@@ -29,16 +29,17 @@ from visualad import VisualAD, find_device, main, upsample  # noqa: E402
 
 
 def seconds(function, repeat: int = 3) -> float:
-    """The fastest of a few runs, after one that warms up."""
-    function()
-    best = float("inf")
-    for _ in range(repeat):
+    """The fastest of a few runs, after one that warms up, each until the device is done."""
+
+    def run() -> float:
         start = time.perf_counter()
         function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    run()
+    return min(run() for _ in range(repeat))
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:

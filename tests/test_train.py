@@ -363,6 +363,8 @@ def test_orders_and_dropout_are_functions_of_the_seed_and_differ(flags, tmp_path
 class Fake(nn.Module):
     """A detector whose score is the mean of the image's red channel."""
 
+    sigma = 3.0
+
     def __init__(self):
         super().__init__()
         self.tokens, self.threshold, self.display_high = nn.Parameter(torch.zeros(2, 1)), {"value": 9}, 7.0
@@ -383,7 +385,7 @@ def test_the_threshold_is_the_best_of_all_also_among_ties(tmp_path):
     best = max(f1(scores, limit) for limit in np.linspace(-0.1, 1, 2000))
     assert f1(scores, model.threshold["value"]) == best and f"{best:.3f}" in made
     assert model.display_high == pytest.approx(np.quantile([2 * v / 255 for v in levels["bad"]], 0.9))
-    assert model.threshold["size"] == [16, 16]
+    assert model.threshold["size"] == [16, 16] and model.threshold["sigma"] == 3.0
     only = train.Samples([r for r in samples.records if r.label], 16)
     assert (
         "none" in train.decide(model, only, 4, 0) and model.threshold is None and model.display_high is None
@@ -516,6 +518,23 @@ def test_an_epoch_whose_evaluation_was_lost_is_evaluated_on_resuming(
     same(out, whole)
 
 
+def test_ctrl_c_during_an_evaluation_stops_after_it(data, flags, whole, tmp_path, monkeypatch, capfd):
+    out, scored = tmp_path / "run", train.evaluate
+
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return scored(*args, **options)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    assert train.main(flags(out, "--eval", data)) == 130
+    assert "will stop after this step or evaluation" in capfd.readouterr().err
+    assert len(log(out)) == torch.load(out / "checkpoint.pt")["step"] == STEPS // 3
+    assert len((out / "eval.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setattr(train, "evaluate", scored)
+    assert train.main(flags(out, "--resume")) == 0
+    same(out, whole)
+
+
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(flags, whole, tmp_path):
     out = tmp_path / "run"
     process = launch(tmp_path, flags(out), DIE_IN_SAVE="5")  # checkpoint 0, the empty log, checkpoints 1, 2
@@ -614,11 +633,17 @@ def test_a_full_disk_is_an_error_and_the_old_checkpoint_is_whole(flags, tmp_path
 # --- two ranks
 
 TWO = """
-import sys
+import os, sys
+import torch
 from torch import nn
 import train
 
-nn.Dropout.forward = lambda self, x: x
+def seeded(seed, real=torch.manual_seed):
+    with open("seeds" + os.environ["RANK"] + "of" + os.environ["WORLD_SIZE"], "a") as file:
+        file.write(f"{seed}\\n")
+    return real(seed)
+
+torch.manual_seed, nn.Dropout.forward = seeded, lambda self, x: x
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -629,8 +654,12 @@ def test_two_ranks_train_what_one_trains(flags, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
         command += [tmp_path / "two.py", *flags(tmp_path / out, "--dtype", "float32")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"seeds{rank}of2").read_text().splitlines()[-STEPS:] for rank in (0, 1))
+    assert len({*first, *second}) == 2 * STEPS  # of dropout
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == STEPS
     for a, b in zip(one, two, strict=True):
