@@ -43,7 +43,9 @@ from tqdm import tqdm  # comes with huggingface_hub
 from visualad import (
     VisualAD,
     ahead,
+    check_heatmaps,
     check_report,
+    heatmap_png,
     image_files,
     load_model,
     model_flags,
@@ -696,14 +698,14 @@ def strip(image: Tensor, heat: Tensor, mask: Tensor | None, high: float) -> byte
 
     h, w = heat.shape
     truth = Image.new("L", (w, h), 128) if mask is None else Image.fromarray(mask.byte().mul(255).numpy())
-    whole, png = Image.new("RGB", (3 * w + 16, h), "white"), io.BytesIO()
+    whole = Image.new("RGB", (3 * w + 16, h), "white")
     for i, panel in enumerate([overlay(image, 0 * heat, high=high), truth, overlay(image, heat, high=high)]):
         whole.paste(panel, (i * (w + 8), 0))
-    whole.save(png, "PNG", compress_level=1)
-    return png.getvalue()
+    return heatmap_png(whole)
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+PAGE = """<!doctype html><meta charset="utf-8"><meta name="generator" content="visualad">
+<title>{title}</title>
 <style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100%; height: auto }}</style>
 <h1>{title}</h1><pre>{text}</pre>
 <p>Image, mask (grey: unknown), heatmap: plain at 0, yellow, full red at {high:g}, the same scale for all;
@@ -811,6 +813,20 @@ def check_outside(data: Path, folder: Path) -> None:
         raise ValueError(f"{folder} lies in the dataset and would become part of it: choose another folder")
 
 
+def check_replaced(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises ValueError where --heatmaps or --save-maps would replace what no earlier run wrote."""
+    if args.heatmaps:
+        check_heatmaps(args.heatmaps / f"{name}.png" for name in names)
+        index, begins = args.heatmaps / "index.html", PAGE.partition("{")[0].encode()
+        if os.path.lexists(index) and not (index.is_file() and index.read_bytes().startswith(begins)):
+            raise ValueError(f"{index} is there and is of no earlier run: choose another folder")
+    for path in (args.save_maps / f"{name}.npy" for name in names) if args.save_maps else ():
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {real(path)}, which would be replaced: choose another folder"
+            )
+
+
 def fingerprint(model: VisualAD) -> str:
     """sha256 of all weights."""
     digest = hashlib.sha256()
@@ -890,6 +906,7 @@ def run(args: argparse.Namespace) -> int:
     layout, records, faults = load_data(args)
     names = {record.path: name_of(record.path, args.data) for record in records}
     labels, counts = [record.label for record in records], Counter(record.cls for record in records)
+    check_replaced(args, [inside(name) for name in names.values()])
 
     reach, high = 2.0 * len(model.layers), model.display_high or len(model.layers)
     histogram = PixelHistogram(-reach, reach)

@@ -1117,6 +1117,9 @@ class VisualAD(VisualAD):
 
 
 # --- 8. command line -------------------------------------------------------------------------------------
+HEATMAP = "visualad heatmap"
+
+
 def find_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -1138,6 +1141,30 @@ def targets(sources: Sequence[Path], out: Path) -> dict[Path, Path]:
             taken.add(target)
             found[path] = target
     return found
+
+
+def heatmap_png(image: Any) -> bytes:
+    """A PNG of a PIL image that says who wrote it, so that `check_heatmaps` lets a later run replace it."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, png = PngInfo(), io.BytesIO()
+    info.add_text("Software", HEATMAP)
+    image.save(png, "PNG", compress_level=1, pnginfo=info)
+    return png.getvalue()
+
+
+def check_heatmaps(paths: Iterable[Path]) -> None:
+    """Raises ValueError where anything but a heatmap of an earlier run would be replaced, also by a link."""
+    from PIL import Image
+
+    for path in filter(os.path.lexists, paths):
+        try:
+            with Image.open(path) as image:
+                ours = image.info.get("Software") == HEATMAP
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{path} is there and is no heatmap of an earlier run: choose another folder")
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -1206,6 +1233,7 @@ def run(args: argparse.Namespace) -> int:
     good = [*targets([args.calibrate], args.out)] if args.calibrate else []
     if args.json:
         check_report(args.json, args, [*files, *good])  # now, not after an hour
+    check_heatmaps(files.values())
     args.out.mkdir(parents=True, exist_ok=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
@@ -1235,14 +1263,20 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"{'score':>8}  {'verdict':9}  image")
     results = tqdm(model.predict_iter(readable(), **settings), total=len(files), disable=None, leave=False)
-    for score, heat, anomalous in results:
-        path, image = read.popleft()
-        png = io.BytesIO()
-        overlay(image, heat, high=high).save(png, "PNG", compress_level=1)
-        write_atomic(files[path], png.getvalue())
-        images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(files[path])))
-        verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
-        tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
+    try:
+        for score, heat, anomalous in results:
+            path, image = read.popleft()
+            write_atomic(files[path], heatmap_png(overlay(image, heat, high=high)))
+            images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(files[path])))
+            verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
+            tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
+    finally:  # also when interrupted: what was found is not lost
+        if args.json:
+            settings |= dict(threshold=model.threshold, display_high=high, final_norm=args.final_norm)
+            settings |= dict(device=args.device, dtype=args.dtype)
+            report = dict(model=args.model, settings=settings, images=images, errors=errors)
+            report |= dict(complete=len(images) + len(errors) == len(files))
+            write_atomic(args.json, json.dumps(report, indent=2).encode())
     limit = model.threshold_for(size, args.sigma)
     verdict = (
         f"no threshold{' for this size and sigma' if model.threshold else ''}"
@@ -1250,11 +1284,6 @@ def run(args: argparse.Namespace) -> int:
         else f"{sum(i['anomalous'] for i in images)} above {limit:.4f}"
     )
     print(f"{len(images)} images, {verdict}, {len(errors)} unreadable; heatmaps in {args.out}")
-    if args.json:
-        settings |= dict(threshold=model.threshold, display_high=high, final_norm=args.final_norm)
-        settings |= dict(device=args.device, dtype=args.dtype)
-        report = dict(model=args.model, settings=settings, images=images, errors=errors)
-        write_atomic(args.json, json.dumps(report, indent=2).encode())
     return 1 if errors else 0
 
 

@@ -46,6 +46,7 @@ def test_a_folder_gives_a_table_heatmaps_and_json(images, capsys):
         )
         assert f"{record['score']:8.4f}" in printed.out
     assert report["settings"]["size"] == [224, 224] and report["settings"]["sigma"] == 1.7
+    assert report["complete"] is True
 
 
 def test_an_interrupt_is_one_line(images, monkeypatch, capsys):
@@ -55,6 +56,24 @@ def test_an_interrupt_is_one_line(images, monkeypatch, capsys):
     monkeypatch.setattr(VisualAD, "predict_iter", interrupted)
     assert main(["in"]) == 130
     assert capsys.readouterr().err.strip() == "visualad: interrupted"
+
+
+@pytest.mark.parametrize(
+    "error, status", [(KeyboardInterrupt(), 130), (BrokenPipeError(32, "Broken pipe"), 2)]
+)
+def test_what_was_found_before_an_interrupt_is_in_the_json(images, monkeypatch, error, status):
+    whole = VisualAD.predict_iter
+
+    def interrupted(self, *args, **kwargs):
+        found = whole(self, *args, **kwargs)
+        yield next(found)
+        raise error
+
+    monkeypatch.setattr(VisualAD, "predict_iter", interrupted)
+    assert main(["in", "--json", "r.json"]) == status
+    report = json.loads((images / "r.json").read_text())
+    assert [i["path"] for i in report["images"]] == ["in/a.jpg"] and report["complete"] is False
+    assert (images / "heatmaps" / "a.png").is_file()
 
 
 def test_a_json_that_cannot_be_written_is_told_before_the_work(images, capsys):
@@ -106,6 +125,26 @@ def test_images_are_never_overwritten(images, capsys):
         assert "choose another folder" in capsys.readouterr().err
     assert main(["in/a.png", "--out", "in"]) == 2
     assert (images / "in" / "a.png").read_bytes() == before
+
+
+def test_a_heatmap_replaces_heatmaps_alone(images, capsys):
+    out, photo = images / "heatmaps", images / "photo.png"
+    for _ in range(2):  # those of an earlier run may be replaced
+        assert main(["in/a.png", "in/sub/a.png"]) == 0
+    ours = (out / "a.png").read_bytes()
+    Image.fromarray(picture(60, 80, 9)).save(photo)
+    before = photo.read_bytes()
+    target = out / "a-1.png"
+    for link, content in ((None, before), (None, b"notes"), (photo, None), (images / "gone", None)):
+        target.unlink()
+        target.symlink_to(link) if link else target.write_bytes(content)
+        capsys.readouterr()
+        assert main(["in/a.png", "in/sub/a.png"]) == 2
+        printed = capsys.readouterr()
+        assert "a-1.png is there and is no heatmap of an earlier run" in printed.err and not printed.out
+        assert os.readlink(target) == str(link) if link else target.read_bytes() == content
+        assert photo.read_bytes() == before and (out / "a.png").read_bytes() == ours
+    assert main(["in/a.png", "--out", "elsewhere"]) == 0
 
 
 def test_thresholds_from_the_command_line_and_from_normal_images(images, capsys):

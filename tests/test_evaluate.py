@@ -203,6 +203,27 @@ def test_output_never_goes_into_the_dataset(data, flag, capsys):
     assert "choose another folder" in capsys.readouterr().err and not (data / "nut" / "out").exists()
 
 
+def test_output_replaces_only_what_an_earlier_run_wrote(data, tmp_path, capsys):
+    arguments = ["--limit", 1, "--heatmaps", tmp_path / "out", "--save-maps", tmp_path / "maps"]
+    for _ in range(2):
+        assert run(data, *arguments) == 0
+    photo = next(data.rglob("*.png"))
+    before = photo.read_bytes()
+    written = sorted(path for path in tmp_path.rglob("*") if path.is_file() and data not in path.parents)
+    assert {path.suffix for path in written} == {".png", ".html", ".npy"}
+    for path in written:
+        kept = path.read_bytes()
+        path.unlink()
+        path.symlink_to(photo)
+        capsys.readouterr()
+        assert run(data, *arguments) == 2
+        assert f"{path} is" in capsys.readouterr().err and photo.read_bytes() == before
+        path.unlink()
+        path.write_bytes(kept)
+    (tmp_path / "out" / "index.html").write_text("<!doctype html>a page of theirs")
+    assert run(data, *arguments) == 2 and "index.html is there" in capsys.readouterr().err
+
+
 # --- many ranks
 
 
