@@ -1207,7 +1207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 when interrupted."""
     parser = argparse.ArgumentParser(prog="visualad", description="Finds anomalies in images of anything.")
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    add("images", nargs="+", metavar="IMAGE_OR_FOLDER")
     model_flags(parser)
     add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results here too")
@@ -1229,12 +1229,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"--threshold must be a finite number, got {args.threshold}")
-    files = targets(args.images, args.out)
+    if "" in args.images:  # an unset variable of the shell, not the current folder
+        raise ValueError("the name of an image or folder is empty")
+    files = targets([Path(name) for name in args.images], args.out)
     good = [*targets([args.calibrate], args.out)] if args.calibrate else []
     if args.json:
         check_report(args.json, args, [*files, *good])  # now, not after an hour
     check_heatmaps(files.values())
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_target(args.out / "any.png")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot write stops nothing
     model, size = load_model(args)

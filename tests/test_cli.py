@@ -211,6 +211,8 @@ def test_plain_images_stay_plain(images):
     "arguments, message",
     [
         (["nowhere.png"], "nowhere.png"),
+        (["in/a.png", ""], "is empty"),
+        (["in/a.png", "--out", "in/a.png"], "in/a.png is no folder"),
         (["in/a.png", "--model", "nothing"], "nothing"),
         (["in/a.png", "--model", str(ROOT / "README.md")], "plain tensors: Weights only load failed.\n"),
         (["in/a.png", "--size", "81"], "near: 80, 88"),
