@@ -237,6 +237,46 @@ def _dots(rng: Rng, size: int) -> Array:
     return _unit(np.tanh(d * np.float32(rng.uniform(6, 30)))) * np.float32(rng.choice([-1, 1]))
 
 
+def _program(rng: Rng, size: int) -> Array:
+    """A random expression of noise, waves and cells, a family of its own at every call: many small programs
+    teach more than many pictures of few. From Baradad et al., "Procedural image programs for representation
+    learning", NeurIPS 2022."""
+
+    def leaf() -> Array:
+        kind = rng.integers(4)
+        if kind == 0:
+            return _noise(rng, size, rng.uniform(0, 2), _log_uniform(rng, 1, 20), _angle(rng))
+        if kind == 1:
+            return _noise(rng, size, 0, _log_uniform(rng, 1, 5), _angle(rng), _log_uniform(rng, 4, 40))
+        u, v = _frame(rng, size, 3, 40)
+        if kind == 2:
+            cross = rng.choice([0, rng.uniform(0, 1)])
+            return np.sin(2 * np.pi * u) + np.float32(cross) * np.sin(2 * np.pi * v)
+        return _hash(rng, u, v) * 3 - np.float32(1.5)
+
+    field = leaf()
+    for _ in range(int(rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25]))):
+        other, op = leaf(), rng.integers(7)
+        if op == 0:
+            field = field * other
+        elif op == 1:
+            field = np.maximum(field, other)
+        elif op == 2:
+            field = np.where(other > rng.normal() * 0.5, field, np.float32(rng.normal()) * field)
+        elif op == 3:
+            field = np.sin(field * np.float32(rng.uniform(1, 4)) + other)
+        elif op == 4:
+            field = np.abs(field) - np.abs(other)
+        elif op == 5:
+            field = field + np.float32(rng.uniform(0.2, 1)) * other
+        else:  # one bends the other
+            i, j = np.mgrid[:size, :size]
+            far = np.rint(_blur(other, size / 80) * size * rng.uniform(0.005, 0.06)).astype(int)
+            field = field[(i + far) % size, (j - far) % size]
+        field = _unit(field)
+    return np.clip(field, -4, 4).astype(np.float32)
+
+
 def _marble(rng: Rng, size: int) -> Array:
     veins = np.abs(_noise(rng, size, rng.uniform(1, 1.6), rng.uniform(1, 3), rng.uniform(0, 3)))
     return _unit(np.exp(-veins * np.float32(rng.uniform(2, 8))) + _noise(rng, size, 1.5) * np.float32(0.3))
@@ -291,7 +331,7 @@ TEXTURES = {
     TRAIN: [
         (_plain, 0.2), (_fractal, 0.08), (_grain, 0.07), (_brushed, 0.08), (_ground, 0.08), (_rolled, 0.06),
         (_turned, 0.05), (_pitted, 0.06), (_wood, 0.06), (_leather, 0.06), (_voronoi, 0.04), (_stripes, 0.05),
-        (_weave, 0.08), (_bricks, 0.05), (_dots, 0.05),
+        (_weave, 0.08), (_bricks, 0.05), (_dots, 0.05), (_program, 0.35),
     ],
     SELECT: [(_plain, 0.1), (_marble, 0.3), (_hexagons, 0.3), (_ripples, 0.3)],
     REPORT: [(_plain, 0.1), (_knit, 0.3), (_terrazzo, 0.3), (_corduroy, 0.3)],
@@ -309,6 +349,8 @@ def _texture(rng: Rng, size: int, look: Look, calm: float = 0.0) -> tuple[Array,
     """A coloured texture [3, size, size], and whether it is a strict pattern; calm: odds of a plain one."""
     kind = _plain if rng.random() < calm else _draw(rng, TEXTURES[look.split])
     field = kind(rng, size)
+    if look.split == TRAIN and rng.random() < 0.3:  # stronger here than there
+        field = field * np.exp(_noise(rng, size, 3) * np.float32(rng.uniform(0.1, 0.5)))
     if rng.random() < 0.3:
         # lit from one side, as relief
         light = rng.normal(size=2)

@@ -67,7 +67,6 @@ KEEP = 1000  # steps from one saved state to the next
 DENSE, DEFECT = 4.0, 4.0  # weights of the added cross-entropy and, in it, of a defective pixel
 SIGMA = 1.7  # px of the smoothing: what the paper's 4 of 518 px are of 224
 AVERAGE = 0.999  # how much of the average of the weights a step keeps
-BLEND = 0.25  # share of the model that --init names in what comes of it
 ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH])
 
 
@@ -142,12 +141,11 @@ def train(
     dtype: torch.dtype = torch.bfloat16,
 ) -> VisualAD:
     """Backbone, tokens, SCA and SAF from scratch, or from the finished model `init`, on the pictures from
-    index `skip` on; returns the average of the last steps' weights, with `init` what `blend` makes of it. In
-    a process group each process takes its share of every batch. state: file that keeps the training at full
-    rate, for any number of `images`, and that it goes on from; the last stage, where the rate falls, is not
-    kept. dtype: of products, in autocast. Raises ValueError for images that make no batch, a batch that the
-    processes cannot share equally, another network, and a state of other settings or other pictures, or
-    beyond the last stage's start."""
+    index `skip` on; returns the average of the last steps' weights. In a process group each process takes its
+    share of every batch. state: file that keeps the training at full rate, for any number of `images`, and
+    that it goes on from; the last stage, where the rate falls, is not kept. dtype: of products, in autocast.
+    Raises ValueError for images that make no batch, a batch that the processes cannot share equally, another
+    network, and a state of other settings or other pictures, or beyond the last stage's start."""
     rank, world = ranks()
     if images < batch:
         raise ValueError(f"{images} images are less than a batch of {batch}")
@@ -227,17 +225,7 @@ def train(
             row = found["tiny"]["all"]
             figures = f"image AUROC {row.image_auroc}  pixel AUROC {row.pixel_auroc}  AP {row.pixel_ap}"
             print(f"select: {figures}", flush=True)
-    return blend(average.module, VisualAD.from_pretrained(init)) if init else average.module
-
-
-@torch.no_grad()
-def blend(model: VisualAD, first: VisualAD) -> VisualAD:
-    """The model, moved BLEND of the way back to what it started from: on images unlike those it went on with,
-    a mean of both is often better than either. From Wortsman et al., "Robust fine-tuning of zero-shot
-    models", CVPR 2022."""
-    for ours, theirs in zip(model.parameters(), first.parameters(), strict=True):
-        ours.lerp_(theirs.to(ours), BLEND)
-    return model
+    return average.module
 
 
 def save(model: VisualAD, out: Path) -> None:
