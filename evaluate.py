@@ -49,6 +49,7 @@ from visualad import (
     image_files,
     load_model,
     model_flags,
+    nonempty,
     overlay,
     real,
     resize,
@@ -258,7 +259,10 @@ def matched(
     if of_masks and (split == "test" or "{split}" in of_masks):  # else these are masks of the other split
         for key in masks.keys() - {key for _, key in images}:
             for path in masks[key]:
-                faults.append(Fault(root / path, key[0], f"{root / path} is a mask without an image"))
+                told = "is a mask without an image"
+                if layout.names == ("folders",):
+                    told = "is a mask, which layout folders has no use for: it knows images by their labels"
+                faults.append(Fault(root / path, key[0], f"{root / path} {told}"))
     return rows, faults
 
 
@@ -558,7 +562,7 @@ def load_state(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         ) from error
     if differ := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
         told = ", ".join(f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
-        raise ValueError(f"{path} belongs to another run: {told}; the same flags, or begin without --resume")
+        raise ValueError(f"{path} belongs to another run: {told}; the same flags, or remove it to begin anew")
     return run
 
 
@@ -772,7 +776,7 @@ def checked(
 def data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is read; `load_data` reads them."""
     add, cores = parser.add_argument, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add("--data", type=Path, required=True, metavar="ROOT", help="a dataset in a layout that is known")
+    add("--data", type=nonempty, required=True, metavar="ROOT", help="a dataset in a layout that is known")
     add("--dataset", default="auto", choices=("auto", *DATASETS), help="the layout (auto: by what is there)")
     add("--split", default="test", choices=("test", "train"), help="(%(default)s)")
     add("--classes", metavar="A,B", help="only these")
@@ -789,7 +793,8 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
     layout = layout if args.dataset == "auto" else layout._replace(names=(args.dataset,))
     records = select(everything, args.classes, args.limit)
     left, classes = {r.path for r in everything} - {r.path for r in records}, {r.cls for r in records}
-    faults = [fault for fault in faults if fault.path not in left and fault.cls in classes]
+    faults = [fault for fault in faults if fault.path not in left]
+    faults = [fault for fault in faults if args.classes is None or fault.cls in classes]
     records, faults = checked(records, faults, args.skip_bad)
     if not records:
         raise ValueError("no image is left")
@@ -813,6 +818,15 @@ def check_outside(data: Path, folder: Path) -> None:
         raise ValueError(f"{folder} lies in the dataset and would become part of it: choose another folder")
 
 
+def is_map(path: Path) -> bool:
+    """Whether a file is what --save-maps writes, as far as its head tells."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError):
+        return False
+    return array.dtype == np.float32 and array.ndim == 2
+
+
 def check_replaced(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raises ValueError where --heatmaps or --save-maps would replace what no earlier run wrote."""
     if args.heatmaps:
@@ -821,10 +835,8 @@ def check_replaced(args: argparse.Namespace, names: Sequence[str]) -> None:
         if os.path.lexists(index) and not (index.is_file() and index.read_bytes().startswith(begins)):
             raise ValueError(f"{index} is there and is of no earlier run: choose another folder")
     for path in (args.save_maps / f"{name}.npy" for name in names) if args.save_maps else ():
-        if path.is_symlink():
-            raise ValueError(
-                f"{path} is a link to {real(path)}, which would be replaced: choose another folder"
-            )
+        if os.path.lexists(path) and (path.is_symlink() or not is_map(path)):
+            raise ValueError(f"{path} is there and is no map of an earlier run: choose another folder")
 
 
 def fingerprint(model: VisualAD) -> str:
@@ -850,10 +862,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pro = "exact: mean overlap of regions up to a false positive rate of 0.3; published: the variant of this "
     pro += "family of papers, 200 thresholds, rate renormalised. They differ: 0.765 and 0.770 on one set"
     add("--pro", default="exact", choices=("exact", "published"), help=pro)
-    add("--json", type=Path, metavar="FILE", help="write settings, metrics and every image's score here")
-    add("--save-maps", type=Path, metavar="FOLDER", help="write each map as float32 .npy")
-    add("--heatmaps", type=Path, metavar="FOLDER", help="write image, mask, heatmap of each; index.html")
-    add("--state", type=Path, metavar="FILE", help="what --resume needs; default: the --json name + .state")
+    add("--json", type=nonempty, metavar="FILE", help="write settings, metrics and every image's score here")
+    add("--save-maps", type=nonempty, metavar="FOLDER", help="write each map as float32 .npy")
+    add("--heatmaps", type=nonempty, metavar="FOLDER", help="write image, mask, heatmap of each; index.html")
+    add("--state", type=nonempty, metavar="FILE", help="what --resume needs; default: --json's name + .state")
     add("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     return guarded("evaluate", run, parser.parse_args(arguments))
 
@@ -887,8 +899,6 @@ def guarded(name: str, program: Callable[[argparse.Namespace], int], args: argpa
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     state = args.state or (args.json and args.json.with_name(f"{args.json.name}.state"))
     if args.resume and not state:
         raise ValueError("--resume needs --json or --state")
@@ -899,8 +909,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--json and --state must be two files, got {state}")
     for path in filter(None, (args.json, state)):  # now, not after an hour
         check_report(path, args, [args.data / row.index for row in LAYOUTS if row.index])
-        if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"no permission to write {path}")
+    if state and state.exists() and not args.resume:
+        raise ValueError(f"{state} keeps an interrupted run: go on with --resume, or remove it to begin anew")
 
     model, size = load_model(args)
     layout, records, faults = load_data(args)
@@ -932,7 +942,6 @@ def run(args: argparse.Namespace) -> int:
             image = to_tensor(record.path) if args.native else image
             write_atomic(args.heatmaps / f"{name}.png", strip(image, heat, mask, high))
 
-    begun = time.time()
     try:
         result = evaluate(
             model, records, size=size, sigma=args.sigma, batch_size=args.batch_size, workers=args.workers,
@@ -940,7 +949,7 @@ def run(args: argparse.Namespace) -> int:
             state=state, key=key, resume=args.resume,
         )  # fmt: skip
     except KeyboardInterrupt:
-        saved = state and state.is_file() and (args.resume or state.stat().st_mtime >= begun)
+        saved = state and state.is_file()
         hint = f"the same command with --resume goes on from {state}" if saved else "nothing was saved"
         print(f"evaluate: interrupted; {hint}", file=sys.stderr)
         return 130

@@ -54,7 +54,17 @@ from evaluate import (
     shrink,
     table,
 )
-from visualad import BACKBONES, PRETRAINED, Output, VisualAD, find_device, real, resize, write_atomic
+from visualad import (
+    BACKBONES,
+    PRETRAINED,
+    Output,
+    VisualAD,
+    find_device,
+    nonempty,
+    real,
+    resize,
+    write_atomic,
+)
 
 
 # --- 1. losses -------------------------------------------------------------------------------------------
@@ -364,8 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--backbone", choices=BACKBONES, help="begin with a fresh learned part on this one")
     start.add_argument("--model", help="begin with this trained one: whatever from_pretrained takes")
-    add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="for the model, its card, log, checkpoint")
+    add("--backbone-weights", type=nonempty, metavar="PATH", help="of the frozen backbone, for offline use")
+    add("--out", type=nonempty, required=True, metavar="FOLDER", help="for model, card, log and checkpoint")
     add("--protocol", choices=("paper",), help="the published epochs; the other defaults but --dtype are too")
     add("--epochs", type=int, metavar="N", help="(1)")
     add("--batch-size", type=int, default=8, metavar="N", help="of all ranks together (%(default)s)")
@@ -384,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where the checkpoint in --out ends")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    add("--eval", type=Path, metavar="ROOT", help="score this dataset after each epoch")
+    add("--eval", type=nonempty, metavar="ROOT", help="score this dataset after each epoch")
     return guarded("train", run, parser.parse_args(arguments))
 
 

@@ -789,7 +789,7 @@ class VisualAD(VisualAD):
         for name, parameter in model.backbone.named_parameters():
             if dtype is not None and not name.startswith("norm."):
                 parameter.data = parameter.data.to(dtype)
-        if model.norm_loaded:  # with another norm other scores: no threshold holds
+        if model.norm_loaded and made in (None, model.backbone_digest):  # else other scores: none holds
             model.threshold, model.display_high = config["threshold"], config["display_high"]
         try:
             return model.to(device).eval()
@@ -798,9 +798,12 @@ class VisualAD(VisualAD):
 
     def load_backbone(self, weights: Weights) -> VisualAD:
         """Fills the frozen backbone, strictly, from a path or a state dict; `norm`, its copy, too, while that
-        was neither trained nor loaded. Returns the model. Raises ValueError, FileNotFoundError."""
+        was neither trained nor loaded. Other weights than it had give other scores: the threshold goes.
+        Returns the model. Raises ValueError, FileNotFoundError."""
         state, own = backbone_state(weights), self.backbone.norm
         check_fit(self.backbone.state_dict(), state, "the backbone's file")
+        if weights_digest(state) != weights_digest(self.backbone.state_dict()):
+            self.threshold = self.display_high = None
         same = all(map(torch.equal, self.norm.parameters(), own.parameters()))  # no training step yet
         self.backbone.load_state_dict(state)
         self.backbone_digest = weights_digest(state) if self.backbone.cfg.repo else None
@@ -859,7 +862,8 @@ class VisualAD(VisualAD):
         private: bool | None = None, token: str | bool | None = None, branch: str | None = None,
         model_card_kwargs: Mapping | None = None, **upload: Any,
     ) -> str:  # fmt: skip
-        """Uploads what `save_pretrained` writes and returns the commit's address. Arguments are those of
+        """Uploads what `save_pretrained` writes and returns the commit's address. A card that the repository
+        has stays, unless model_card_kwargs say what a new one is to tell. Arguments are those of
         huggingface_hub; `upload`: create_pr, allow_patterns, ignore_patterns, delete_patterns."""
         from huggingface_hub import HfApi
 
@@ -869,6 +873,8 @@ class VisualAD(VisualAD):
         upload |= dict(repo_id=repo_id, commit_message=commit_message, revision=branch)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, config=config, repo_id=repo_id, model_card_kwargs=model_card_kwargs)
+            if not model_card_kwargs and api.file_exists(repo_id, "README.md", revision=branch):
+                (Path(folder) / "README.md").unlink()
             return api.upload_folder(folder_path=folder, **upload)
 
 
@@ -911,6 +917,8 @@ def image_files(folder: Path, without: Path | None = None) -> list[Path]:
 def is_one(images: Any) -> bool:
     """Whether this is one image (or a mistake), not several."""
     if isinstance(images, (str, os.PathLike)):
+        if not os.fspath(images):  # Path("") is the current folder
+            raise ValueError("the name of an image or folder is empty")
         return not Path(images).is_dir()
     if isinstance(images, Tensor):
         return images.ndim != 4
@@ -1167,11 +1175,18 @@ def check_heatmaps(paths: Iterable[Path]) -> None:
             raise ValueError(f"{path} is there and is no heatmap of an earlier run: choose another folder")
 
 
+def nonempty(name: str) -> Path:
+    """A path for argparse. An empty one is an unset variable of the shell, not the current folder."""
+    if not name:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(name)
+
+
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that mean the same in every program of this library; `load_model` reads them."""
     add = parser.add_argument
     add("--model", default="tiny", help=f"{', '.join(PRETRAINED)}, a Hugging Face repo, a folder or a file")
-    add("--backbone-weights", type=Path, metavar="PATH", help="of the frozen backbone, for offline use")
+    add("--backbone-weights", type=nonempty, metavar="PATH", help="of the frozen backbone, for offline use")
     add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, help="of the smoothing, in pixels of the input; default: the model's")
@@ -1182,17 +1197,23 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_report(path: Path, args: argparse.Namespace, inputs: Iterable[Path]) -> None:
     """For a file of results. Raises ValueError as `check_target`, where the run reads this file, and for the
-    name of an image or of weights."""
+    name of an image or of weights, or without permission."""
     check_target(path)
     model = Path(args.model)
     read = {real(p) for p in (*inputs, args.backbone_weights, model, model / "model.safetensors") if p}
     if real(path) in read or real(path).suffix.lower() in IMAGE_SUFFIXES | {".safetensors", ".pth", ".bin"}:
         raise ValueError(f"{path} is read in this run or named like an image or weights: name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"no permission to write {path}")
 
 
 def load_model(args: argparse.Namespace) -> tuple[VisualAD, tuple[int, int]]:
     """The model and its input size (H, W); the model's sigma goes into `args` where none was given. Raises as
-    `from_pretrained` and `input_size` do."""
+    `from_pretrained` and `input_size` do, and for a batch size or sigma that nothing can be scored with."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.sigma is not None and not 0 <= args.sigma < math.inf:
+        raise ValueError(f"--sigma must be a finite number of pixels >= 0, got {args.sigma}")
     if args.size and not re.fullmatch(r"\d+(x\d+)?", args.size):
         raise ValueError(f"--size must be N or HxW, got {args.size}")
     size = [int(side) for side in args.size.split("x")] * (2 - args.size.count("x")) if args.size else None
@@ -1207,13 +1228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 when interrupted."""
     parser = argparse.ArgumentParser(prog="visualad", description="Finds anomalies in images of anything.")
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    add("images", nargs="+", type=nonempty, metavar="IMAGE_OR_FOLDER")
     model_flags(parser)
-    add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the results here too")
+    add("--out", type=nonempty, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
+    add("--json", type=nonempty, metavar="FILE", help="write the results here too")
     which = parser.add_mutually_exclusive_group().add_argument
     which("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
-    which("--calibrate", type=Path, metavar="FOLDER", help="take it from a folder of normal images")
+    which("--calibrate", type=nonempty, metavar="FOLDER", help="take it from a folder of normal images")
     try:
         return run(parser.parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:
@@ -1229,9 +1250,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"--threshold must be a finite number, got {args.threshold}")
-    if "" in args.images:  # an unset variable of the shell, not the current folder
-        raise ValueError("the name of an image or folder is empty")
-    files = targets([Path(name) for name in args.images], args.out)
+    files = targets(args.images, args.out)
     good = [*targets([args.calibrate], args.out)] if args.calibrate else []
     if args.json:
         check_report(args.json, args, [*files, *good])  # now, not after an hour
@@ -1273,7 +1292,7 @@ def run(args: argparse.Namespace) -> int:
             verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
             tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
     finally:  # also when interrupted: what was found is not lost
-        if args.json:
+        if args.json and (images or errors):  # else what an earlier run found is worth more
             settings |= dict(threshold=model.threshold, display_high=high, final_norm=args.final_norm)
             settings |= dict(device=args.device, dtype=args.dtype)
             report = dict(model=args.model, settings=settings, images=images, errors=errors)

@@ -13,6 +13,7 @@ from conftest import GOLDEN, ROOT
 from PIL import Image
 from test_predict import picture
 
+import visualad
 from visualad import VisualAD, main, overlay
 
 
@@ -211,7 +212,6 @@ def test_plain_images_stay_plain(images):
     "arguments, message",
     [
         (["nowhere.png"], "nowhere.png"),
-        (["in/a.png", ""], "is empty"),
         (["in/a.png", "--out", "in/a.png"], "in/a.png is no folder"),
         (["in/a.png", "--model", "nothing"], "nothing"),
         (["in/a.png", "--model", str(ROOT / "README.md")], "plain tensors: Weights only load failed.\n"),
@@ -221,7 +221,7 @@ def test_plain_images_stay_plain(images):
         (["in/a.png", "--json", "in/a.png"], "read in this run"),
         (["in/a.png", "--sigma", "-1"], "sigma"),
         (["in/a.png", "--device", "gpu"], "gpu"),
-        (["in/a.png", "--batch-size", "0"], "batch_size"),
+        (["in/a.png", "--batch-size", "0"], "batch-size"),
     ],
 )
 def test_errors_are_one_line_and_a_status(images, capsys, arguments, message):
@@ -230,6 +230,27 @@ def test_errors_are_one_line_and_a_status(images, capsys, arguments, message):
     assert (
         status == (1 if message == "nowhere.png" else 2) and message in printed and "Traceback" not in printed
     )
+
+
+@pytest.mark.parametrize("flags", [[""], ["in/a.png", "--calibrate", ""], ["in/a.png", "--json", ""]])
+def test_an_unset_variable_of_the_shell_is_not_the_current_folder(images, capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 2 and "the name is empty" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_before_the_first_image_keeps_the_report_of_an_earlier_one(
+    images, tmp_path, monkeypatch
+):
+    arguments = ["in/a.png", "--json", str(tmp_path / "r.json")]
+    assert main(arguments) == 0
+    before = (tmp_path / "r.json").read_bytes()
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(visualad.VisualAD, "infer", fails)
+    assert main(arguments) == 2 and (tmp_path / "r.json").read_bytes() == before
 
 
 def test_a_threshold_is_given_or_calibrated(images, capsys):

@@ -1065,7 +1065,17 @@ def test_masks_beside_good_and_bad_are_no_anomalous_images(tmp_path):
     put(tmp_path, {"good/a.png": "L", "bad/b.png": "L", "Ground_Truth/bad/b.png": "mask L"})
     _, records, faults = read_dataset(tmp_path)
     assert [(record.kind, record.label) for record in records] == [("bad", 1), ("good", 0)]
-    assert [fault.path.parent.name for fault in faults] == ["bad"] and "mask" in faults[0].what
+    assert [fault.path.parent.name for fault in faults] == ["bad"] and "no use for" in faults[0].what
+
+
+def test_a_class_whose_images_are_all_missing_is_told(tmp_path, capsys):
+    put(tmp_path, {"a/test/good/0.png": "L", "a/test/bad/1.png": "L", "a/ground_truth/bad/1.png": "mask L"})
+    put(tmp_path, {"b/ground_truth/bad/1.png": "mask L"})
+    assert main(["--data", str(tmp_path), *QUICK]) == 2
+    lost = tmp_path / "b" / "ground_truth" / "bad" / "1.png"
+    assert f"{lost} is a mask without an image" in capsys.readouterr().err
+    assert main(["--data", str(tmp_path), *QUICK, "--classes", "a"]) == 0
+    assert "0 files left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,16 @@ def test_save_pretrained_pushes_the_card_with_its_notes(server, client, saved, t
     assert b"Made of tin." in server.files["/user/new/resolve/main/README.md"]
 
 
+def test_a_card_that_the_repository_has_stays_unless_a_new_one_has_notes(server, client, saved):
+    there = "/user/new/resolve/main/README.md"
+    client("push", saved(), "user/new", token="secret")
+    server.files[there] = b"written by hand"
+    client("push", saved(), "user/new", token="secret")
+    assert server.files[there] == b"written by hand"
+    client("push", saved(), "user/new", token="secret", model_card_kwargs=dict(notes="Made of tin."))
+    assert b"Made of tin." in server.files[there]
+
+
 # --- the authors' checkpoints ----------------------------------------------------------------------------
 @pytest.fixture
 def mirror(server, monkeypatch):

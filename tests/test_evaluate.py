@@ -220,8 +220,16 @@ def test_output_replaces_only_what_an_earlier_run_wrote(data, tmp_path, capsys):
         assert f"{path} is" in capsys.readouterr().err and photo.read_bytes() == before
         path.unlink()
         path.write_bytes(kept)
-    (tmp_path / "out" / "index.html").write_text("<!doctype html>a page of theirs")
-    assert run(data, *arguments) == 2 and "index.html is there" in capsys.readouterr().err
+    theirs = next(path for path in written if path.suffix == ".npy"), tmp_path / "out" / "index.html"
+    for path in theirs:
+        kept = path.read_bytes()
+        for content in (b"<!doctype html>a page of theirs", b""):
+            path.write_bytes(content)
+            assert run(data, *arguments) == 2 and f"{path} is there" in capsys.readouterr().err
+            assert path.read_bytes() == content
+        path.write_bytes(kept)
+    np.save(theirs[0], np.zeros((4, 4)))
+    assert run(data, *arguments) == 2 and f"{theirs[0]} is there" in capsys.readouterr().err
 
 
 # --- many ranks
@@ -396,6 +404,14 @@ def test_without_a_state_resume_begins_and_a_damaged_one_is_an_error(data, whole
     assert run(data, "--resume") == 2
     errors = capsys.readouterr().err
     assert f"cannot read {tmp_path / 's'}" in errors and "--resume needs" in errors
+
+
+def test_an_interrupted_run_is_not_begun_anew_unasked(data, killed, tmp_path, capsys):
+    state = tmp_path / "r.json.state"
+    state.write_bytes(killed.read_bytes())
+    assert run(data, "--json", tmp_path / "r.json", "--limit", 1) == 2
+    assert "--resume, or remove it" in capsys.readouterr().err
+    assert state.read_bytes() == killed.read_bytes() and not (tmp_path / "r.json").exists()
 
 
 def test_ctrl_c_says_whether_anything_was_saved(data, tmp_path):

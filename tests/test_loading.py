@@ -121,6 +121,15 @@ def test_the_norm_follows_the_backbone_until_it_is_trained_or_loaded(clip):
     assert torch.equal(loaded.load_backbone(other).norm.weight, trained)
 
 
+def test_a_threshold_goes_with_the_weights_that_it_was_made_on(clip):
+    model = VisualAD.from_pretrained(OFFICIAL, backbone_weights=CLIP)
+    model.threshold, model.display_high = dict(value=0.1, size=[84, 84], sigma=4.0), 1.0
+    model.load_backbone(clip)
+    assert model.threshold and model.display_high == 1.0
+    model.load_backbone({**clip, "visual.ln_post.weight": clip["visual.ln_post.weight"] + 1})
+    assert model.threshold is None and model.display_high is None
+
+
 def test_a_backbone_that_is_hosted_nowhere_needs_weights():
     with pytest.raises(ValueError, match="backbone_weights"):
         VisualAD.from_backbone(SMALL)
@@ -260,14 +269,17 @@ def test_other_weights_in_a_hosted_backbone_are_told(monkeypatch, tmp_path, clip
     monkeypatch.setitem(BACKBONES, "listed", cfg)
     others = {k: v.clone() for k, v in clip.items()}
     others["visual.transformer.resblocks.3.mlp.c_fc.weight"] *= 1.01
-    VisualAD.from_backbone("listed", others).save_pretrained(tmp_path)
+    model = VisualAD.from_backbone("listed", others)
+    model.threshold = dict(value=0.1, size=[84, 84], sigma=4.0)
+    model.save_pretrained(tmp_path)
     half = {k: v.half() for k, v in others.items()}
     for right in (others, half):
         again = VisualAD.from_pretrained(tmp_path, backbone_weights=right, dtype=torch.bfloat16)
+        assert again.threshold == model.threshold
         again.save_pretrained(tmp_path)
     assert not [w for w in recwarn if "backbone weights" in str(w.message)]
     with pytest.warns(UserWarning, match="was trained on backbone weights of digest .*: its scores mean"):
-        VisualAD.from_pretrained(tmp_path, backbone_weights=clip)
+        assert VisualAD.from_pretrained(tmp_path, backbone_weights=clip).threshold is None
 
 
 def test_a_link_stays_one_and_what_is_no_file_is_not_replaced(tmp_path):

@@ -242,6 +242,11 @@ def test_a_stream_is_read_only_a_little_ahead(tiny):
     found.close()
 
 
+def test_an_empty_name_is_not_the_current_folder(tiny):
+    with pytest.raises(ValueError, match="is empty"):
+        tiny.predict("")
+
+
 def test_with_batches_of_one_the_answer_comes_before_the_next_image(tiny):
     log = []
 

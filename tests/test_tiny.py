@@ -302,6 +302,8 @@ def test_training_starts_from_a_finished_model_on_other_pictures(monkeypatch, tm
         (["--init", "."], "--init . is no file"),
         (["--init", "weights/tiny.safetensors", "--out", "weights"], "would be overwritten"),
         (["--init", "weights/tiny.safetensors", "--skip", "-1"], "--skip must be at least 0, got -1"),
+        (["--out", "README.md"], "README.md is no folder"),
+        (["--pictures", "weights"], "weights is no regular file"),
     ],
     ids=str,
 )
@@ -315,6 +317,18 @@ def test_another_network_is_no_start(tmp_path):
     VisualAD(SMALL).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="of another network than tiny"):
         tiny.train(images=16, batch=16, lr=1e-3, workers=0, init=tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("images", [20, 26, 35])
+def test_no_more_images_are_seen_than_were_asked_for(images, monkeypatch):
+    small(monkeypatch)
+    seen, real = [], tiny.Pictures.__getitem__
+    monkeypatch.setattr(
+        tiny.Pictures, "__getitem__", lambda self, i: (seen.append((self.split, i)), real(self, i))[1]
+    )
+    tiny.train(images=images, batch=4, lr=1e-3, workers=0, held_out=25)
+    trained = [i for split, i in seen if split == pictures.TRAIN]
+    assert trained == list(range(images - images % 4))
 
 
 def test_too_few_images_make_no_model():
@@ -390,6 +404,7 @@ def test_a_short_training_writes_a_model_that_loads(tmp_path, capsys):
     tiny.save(model, tmp_path)
     loaded = VisualAD.from_pretrained(tmp_path / "tiny.safetensors")
     assert loaded.threshold["value"] == model.threshold["value"]
+    assert loaded.sigma == loaded.threshold["sigma"] == VisualAD.from_pretrained("tiny").sigma == 1.7
     assert torch.equal(loaded.norm.weight, loaded.backbone.norm.weight)
     moved = loaded.backbone.blocks[0].qkv.weight - untrained.backbone.blocks[0].qkv.weight
     assert 0 < moved.abs().max() < 1e-4  # the warm-up has hardly begun

@@ -49,8 +49,10 @@ from visualad import (  # noqa: E402
     BACKBONES,
     Output,
     VisualAD,
+    check_target,
     find_device,
     image_score,
+    nonempty,
     resize,
     smooth,
     upsample,
@@ -168,8 +170,9 @@ def train(
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=matrices), dict(params=vectors, weight_decay=0)]
     optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.05)
-    counts = [round(share * (images // batch)) for _, share in STAGES]  # steps of each stage
-    total, last = sum(counts), counts[-1]
+    total = images // batch
+    counts = [round(share * total) for _, share in STAGES]  # steps of each stage
+    counts[-1] = last = total - sum(counts[:-1])
     key = dict(batch=batch, lr=lr, warm_up=WARM_UP, loss=[SCALE, DENSE, DEFECT], dtype=str(dtype), skip=skip)
     key |= dict(sizes=[size for size, _ in STAGES], init=init and digest(init), pictures=digest(PICTURES))
     fresh = dict(key=key, step=0)
@@ -417,8 +420,12 @@ def main() -> int:
     """Exit status: 0; 2 for an error; 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="tiny.py", description=__doc__.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="measure the bundled model instead of training")
-    parser.add_argument("--data", type=Path, nargs="*", default=[], help="datasets that evaluate.py reads")
-    parser.add_argument("--pictures", type=Path, help="also write three finds and three failures to this PNG")
+    parser.add_argument(
+        "--data", type=nonempty, nargs="*", default=[], help="datasets that evaluate.py reads"
+    )
+    parser.add_argument(
+        "--pictures", type=nonempty, help="also write three finds and three failures to this PNG"
+    )
     parser.add_argument(
         "--images", type=int, default=200_000, help="how many to draw and train on (%(default)s)"
     )
@@ -433,13 +440,15 @@ def main() -> int:
         help="go on from tiny.state in --out, which it keeps until the last stage",
     )
     parser.add_argument(
-        "--init", type=Path, help="a finished tiny.safetensors to start from, not from nothing"
+        "--init", type=nonempty, help="a finished tiny.safetensors to start from, not from nothing"
     )
     parser.add_argument(
         "--skip", type=int, default=0, help="pictures to leave out, as --init has seen them (%(default)s)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of products")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of tiny.safetensors")
+    parser.add_argument(
+        "--out", type=nonempty, default=Path(__file__).parent, help="folder of tiny.safetensors"
+    )
     parser.set_defaults(device=find_device())
     return guarded("tiny", run, parser.parse_args())
 
@@ -453,6 +462,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--init {args.init} would be overwritten: choose another --out")
     if args.skip < 0:
         raise ValueError(f"--skip must be at least 0, got {args.skip}")
+    for path in (args.out / "tiny.safetensors", args.pictures):  # now, not after hours
+        if path:
+            check_target(path)
     roots = [Path(__file__).parent.parent / "examples", *args.data]
     sets = {root.resolve().name: labelled(root) for root in roots}
     if not args.report:
