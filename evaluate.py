@@ -363,7 +363,7 @@ def image_metrics(labels: Sequence[int], scores: Sequence[float]) -> dict[str, f
     where there is one kind only. Raises ValueError for other labels or lengths, or scores not finite."""
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=float)
     if labels.ndim != 1 or labels.shape != scores.shape or not np.isin(labels, (0, 1)).all():
-        got = f"{list(labels.shape)} and {list(scores.shape)}"
+        got = f"{list(labels.shape)} and {list(scores.shape)}, labels {np.unique(labels)[:9].tolist()}"
         raise ValueError(f"labels and scores must be [n], each label 0 or 1; got {got}")
     if not np.isfinite(scores).all():
         raise ValueError("scores must be finite")
@@ -531,7 +531,10 @@ def together(work: Callable[[], Any]) -> list[Any]:
         value, failure = None, error
     told = gather((value, failure is not None))
     if failure:
-        raise failure
+        try:
+            raise failure
+        finally:
+            failure = None  # or the traceback, which holds this frame, would keep the loader's workers alive
     if any(failed for _, failed in told):
         raise Told
     return [value for value, _ in told]

@@ -24,8 +24,10 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import uuid
 import warnings
 from collections import deque
@@ -880,6 +882,7 @@ class VisualAD(VisualAD):
 
 # --- 7. images in, predictions out -----------------------------------------------------------------------
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"}
+HEATMAP = "visualad heatmap"  # what a heatmap's PNG says of its software
 
 
 class Prediction(NamedTuple):
@@ -894,20 +897,30 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve raises on a link that leads in a circle
 
 
-def image_files(folder: Path, without: Path | None = None) -> list[Path]:
-    """Every image below a folder, sorted, also through links to folders; but what is hidden or lies below
-    `without`. Raises FileNotFoundError where there is none."""
+def is_heatmap(path: Path) -> bool:
+    """Whether an earlier run of this library wrote this picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == HEATMAP
+    except Exception:  # no image, or one too large to be opened: none of ours
+        return False
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image below a folder, sorted, also through links to folders; but what is hidden, and the heatmaps
+    of earlier runs. Raises FileNotFoundError where there is none."""
 
     def walk(here: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         place = real(here)
-        if place not in above and place != without:  # a link may lead in a circle
-            for path in here.iterdir():
-                if path.name.startswith("."):
-                    continue
-                if path.is_dir():
-                    yield from walk(path, (*above, place))
-                elif path.suffix.lower() in IMAGE_SUFFIXES:
-                    yield path
+        for path in here.iterdir() if place not in above else ():  # a link may lead in a circle
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                yield from walk(path, (*above, place))
+            elif path.suffix.lower() in IMAGE_SUFFIXES and not (path.suffix == ".png" and is_heatmap(path)):
+                yield path
 
     if files := sorted(walk(folder, ())):
         return files
@@ -1125,9 +1138,6 @@ class VisualAD(VisualAD):
 
 
 # --- 8. command line -------------------------------------------------------------------------------------
-HEATMAP = "visualad heatmap"
-
-
 def find_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -1136,8 +1146,7 @@ def targets(sources: Sequence[Path], out: Path) -> dict[Path, Path]:
     """{image: its heatmap}, which keeps the path below the given folder; no two images share one."""
     found, taken, place = {}, set(), real(out)
     for source in sources:
-        inside = place if real(source) in place.parents else None  # heatmaps of an earlier run
-        for path in image_files(source, without=inside) if source.is_dir() else [source]:
+        for path in image_files(source) if source.is_dir() else [source]:
             if path in found:
                 continue
             if place in real(path).parents:
@@ -1163,15 +1172,8 @@ def heatmap_png(image: Any) -> bytes:
 
 def check_heatmaps(paths: Iterable[Path]) -> None:
     """Raises ValueError where anything but a heatmap of an earlier run would be replaced, also by a link."""
-    from PIL import Image
-
     for path in filter(os.path.lexists, paths):
-        try:
-            with Image.open(path) as image:
-                ours = image.info.get("Software") == HEATMAP
-        except Exception:  # no image, or one too large to be opened: none of ours
-            ours = False
-        if not ours:
+        if not is_heatmap(path):
             raise ValueError(f"{path} is there and is no heatmap of an earlier run: choose another folder")
 
 
@@ -1235,6 +1237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group().add_argument
     which("--threshold", type=float, metavar="X", help="anomalous above this score; default: the model's own")
     which("--calibrate", type=nonempty, metavar="FOLDER", help="take it from a folder of normal images")
+    if threading.current_thread() is threading.main_thread():  # docker and timeout end a run so
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(parser.parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:
@@ -1262,6 +1266,7 @@ def run(args: argparse.Namespace) -> int:
     settings = dict(size=size, sigma=args.sigma, batch_size=args.batch_size)
     if good:
         model.calibrate(good, **settings)
+        print(f"calibrated on {len(good)} images of {args.calibrate}")
     if args.threshold is not None:
         model.threshold = dict(value=args.threshold, size=list(size), sigma=args.sigma, made="--threshold")
     high = model.display_high or len(model.layers)  # half of what the map can reach

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -77,6 +78,24 @@ def test_what_was_found_before_an_interrupt_is_in_the_json(images, monkeypatch, 
     assert (images / "heatmaps" / "a.png").is_file()
 
 
+def test_what_was_found_before_the_system_ends_the_run_is_in_the_json(images, monkeypatch):
+    whole = VisualAD.predict_iter
+
+    def ended(self, *args, **kwargs):
+        found = whole(self, *args, **kwargs)
+        yield next(found)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from found
+
+    monkeypatch.setattr(VisualAD, "predict_iter", ended)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a failure would end the tests
+    try:
+        assert main(["in", "--json", "r.json"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [i["path"] for i in json.loads((images / "r.json").read_text())["images"]] == ["in/a.jpg"]
+
+
 def test_a_json_that_cannot_be_written_is_told_before_the_work(images, capsys):
     for path, told in (("in/a.jpg/report.json", "in/a.jpg is no folder"), ("/dev/stdout", "no regular file")):
         assert main(["in/a.png", "--json", path]) == 2
@@ -112,11 +131,16 @@ def test_names_that_the_terminal_cannot_write_stop_nothing(images):
     assert done.returncode == 0 and r"\xe4" in done.stdout, done.stderr
 
 
-def test_a_second_run_does_not_take_heatmaps_for_images(images):
+def test_a_later_run_does_not_take_heatmaps_for_images(images, capsys):
     (images / "in" / "broken.png").unlink()
-    for _ in range(2):
-        assert main([".", "--json", "r.json"]) == 0
-        assert len(json.loads((images / "r.json").read_text())["images"]) == 4
+    limits = set()
+    for out in ("heatmaps", "heatmaps", "others"):
+        assert main([".", "--calibrate", ".", "--json", "r.json", "--out", out]) == 0
+        report = json.loads((images / "r.json").read_text())
+        assert len(report["images"]) == 4 and "calibrated on 4 images of ." in capsys.readouterr().out
+        limits.add(report["settings"]["threshold"]["value"])
+    assert len(limits) == 1
+    assert len(VisualAD.from_pretrained("tiny").predict(".")) == 4
 
 
 def test_images_are_never_overwritten(images, capsys):

@@ -232,6 +232,25 @@ def test_output_replaces_only_what_an_earlier_run_wrote(data, tmp_path, capsys):
     assert run(data, *arguments) == 2 and f"{theirs[0]} is there" in capsys.readouterr().err
 
 
+def test_an_error_in_the_middle_ends_the_program_and_its_workers(data, tmp_path):
+    (tmp_path / "out" / "nut").mkdir(parents=True)
+    (tmp_path / "out" / "nut" / "test").write_text("no folder")
+    command = [
+        ROOT / "evaluate.py",
+        "--data",
+        data,
+        *SETTINGS,
+        "--workers",
+        2,
+        "--heatmaps",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 2 and "evaluate: error: cannot write" in done.stderr, done.stderr
+
+
 # --- many ranks
 
 

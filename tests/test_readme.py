@@ -48,9 +48,14 @@ def test_the_first_command_scores_every_example(clone):
     (command,) = re.findall(r"^pip install .* && (python visualad.py .*)$", README, re.MULTILINE)
     printed = run([sys.executable, *command.split()[1:]], clone)
     examples = visualad.image_files(clone / "examples")
-    assert len(visualad.image_files(clone / "heatmaps")) == len(examples) >= 6
+    assert len(list((clone / "heatmaps").rglob("*.png"))) == len(examples) >= 6
     for path in examples:
         assert str(path.relative_to(clone)) in printed
+    numbers = "none one two three four five six".split()
+    claim = r"flags (\w+) of the six anomalous\s+examples\s+and\s+(\w+)\s+of\s+the\s+four\s+normal"
+    claimed = re.search(claim, README).groups()
+    flagged = [len(re.findall(f"ANOMALOUS  examples/{kind}/", printed)) for kind in ("anomalous", "normal")]
+    assert [numbers[count] for count in flagged] == list(claimed)
 
 
 def test_the_two_commands_are_one_line_each_and_ci_finds_the_second():
