@@ -105,7 +105,7 @@ def test_scores_and_native_maps_are_those_of_predict(data, tmp_path):
     model = VisualAD.from_pretrained("tiny")
     for record in json.loads((tmp_path / "r.json").read_text())["records"]:
         expected = model.predict(data / record["path"], size=64)
-        assert record["score"] == pytest.approx(expected.score, abs=1e-6)
+        assert record["score"] == pytest.approx(expected.score, abs=1e-5)  # other batches, other last digits
         heat = np.load(tmp_path / "maps" / f"{record['path']}.npy")
         np.testing.assert_allclose(heat, expected.map, atol=1e-5)
 
