@@ -319,9 +319,10 @@ def test_another_network_is_no_start(tmp_path):
         tiny.train(images=16, batch=16, lr=1e-3, workers=0, init=tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("images", [20, 26, 35])
-def test_no_more_images_are_seen_than_were_asked_for(images, monkeypatch):
+@pytest.mark.parametrize("images", [20, 60, 63])
+def test_all_the_images_that_were_asked_for_are_seen_and_no_more(images, monkeypatch):
     small(monkeypatch)
+    monkeypatch.setattr(tiny, "STAGES", ((48, 0.7), (64, 0.3)))  # of 5 steps 4 and 2, of 15 10 and 4
     seen, real = [], tiny.Pictures.__getitem__
     monkeypatch.setattr(
         tiny.Pictures, "__getitem__", lambda self, i: (seen.append((self.split, i)), real(self, i))[1]
