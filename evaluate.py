@@ -796,8 +796,8 @@ def load_data(args: argparse.Namespace) -> tuple[Layout, list[Record], list[Faul
     layout = layout if args.dataset == "auto" else layout._replace(names=(args.dataset,))
     records = select(everything, args.classes, args.limit)
     left, classes = {r.path for r in everything} - {r.path for r in records}, {r.cls for r in records}
-    faults = [fault for fault in faults if fault.path not in left]
-    faults = [fault for fault in faults if args.classes is None or fault.cls in classes]
+    asked = classes if args.classes else {fault.cls for fault in faults}  # also one without any image
+    faults = [fault for fault in faults if fault.path not in left and fault.cls in asked]
     records, faults = checked(records, faults, args.skip_bad)
     if not records:
         raise ValueError("no image is left")

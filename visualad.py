@@ -804,11 +804,12 @@ class VisualAD(VisualAD):
         Returns the model. Raises ValueError, FileNotFoundError."""
         state, own = backbone_state(weights), self.backbone.norm
         check_fit(self.backbone.state_dict(), state, "the backbone's file")
-        if weights_digest(state) != weights_digest(self.backbone.state_dict()):
+        digest = weights_digest(state)
+        if digest != weights_digest(self.backbone.state_dict()):
             self.threshold = self.display_high = None
         same = all(map(torch.equal, self.norm.parameters(), own.parameters()))  # no training step yet
         self.backbone.load_state_dict(state)
-        self.backbone_digest = weights_digest(state) if self.backbone.cfg.repo else None
+        self.backbone_digest = digest if self.backbone.cfg.repo else None
         if same and not self.norm_loaded:
             self.norm.load_state_dict(own.state_dict())
         return self
@@ -924,7 +925,8 @@ def image_files(folder: Path) -> list[Path]:
 
     if files := sorted(walk(folder, ())):
         return files
-    raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+    looked = " ".join(sorted(IMAGE_SUFFIXES))
+    raise FileNotFoundError(f"no image below {folder}; looked for {looked}, heatmaps of ours left out")
 
 
 def is_one(images: Any) -> bool:
