@@ -117,10 +117,10 @@ def pixel_metrics(_dtype: torch.dtype, device: str) -> None:
     start = time.perf_counter()
     expected = roc_auc_score(truth, values), average_precision_score(truth, values)
     precision_recall_curve(truth, values)
-    theirs, found, regions = time.perf_counter() - start, histogram().metrics(), int(histogram().regions)
+    theirs, found = time.perf_counter() - start, histogram().metrics()
     error = max(abs(found["auroc"] - expected[0]), abs(found["ap"] - expected[1]))
     print(
-        f"pixel metrics of 83 maps of 518 px, {regions} regions, {device}: {ours:.2f} s, AUPRO included; "
+        f"pixel metrics of 83 maps of 518 px, {device}: {ours:.2f} s, AUPRO included; "
         f"scikit-learn without it {theirs:.1f} s; ratio {theirs / ours:.0f}; largest difference {error:.0e}"
     )
     model = VisualAD("clip-vit-l14-336").to(device).eval()
@@ -144,7 +144,7 @@ def training(_dtype: torch.dtype, device: str) -> None:
     optimizer = torch.optim.AdamW(train.param_groups(model), weight_decay=0.01)
 
     def ours() -> None:
-        with train.BackboneIn(model, torch.bfloat16):
+        with train.backbone_in(model, torch.bfloat16):
             train.step(model, optimizer, (images, masks, labels), (batch, batch))
 
     def plain() -> None:

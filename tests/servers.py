@@ -1,29 +1,13 @@
-"""For `test_download.py`: a local server that answers as Hugging Face and the host of the authors' files do,
-and the client, a process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported."""
+"""A local server that answers as Hugging Face and the host of the authors' files do."""
 
 from __future__ import annotations
 
 import base64
-import builtins
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread, Timer
+from threading import Thread
 from typing import Any, NamedTuple
-
-import torch
-
-import visualad
-from visualad import Backbone, VisualAD
-
-GOLDEN = Path(__file__).parent / "golden"
-CLIP = GOLDEN / "clip_openai.safetensors"
-ROOT = Path(visualad.__file__).parent
 
 
 class Asked(NamedTuple):
@@ -111,92 +95,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
-
-
-class Client:
-    """A fresh process whose Hugging Face is at `url`, its cache and its tokens in `home`. A call runs one of
-    TASKS there, in order, and returns or raises what that did. It is killed after `limit` seconds."""
-
-    def __init__(self, url: str, home: Path, limit: float = 120) -> None:
-        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env |= dict(HF_ENDPOINT=url, HF_HOME=str(home), PYTHONPATH=str(ROOT), no_proxy="127.0.0.1")
-        env["OMP_NUM_THREADS"] = "1"
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
-        self.process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
-        self.timer = Timer(limit, self.process.kill)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def send(self, task: str, *args: Any, **options: Any) -> None:
-        print(json.dumps([task, args, options], default=str), file=self.process.stdin, flush=True)
-
-    def receive(self) -> str:
-        line = self.process.stdout.readline()
-        assert line, "the client's process ended, or was killed after its time limit: see its stderr"
-        result, error, message = json.loads(line)
-        if error:
-            raise getattr(builtins, error, RuntimeError)(message)
-        return result
-
-    def __call__(self, task: str, *args: Any, **options: Any) -> str:
-        self.send(task, *args, **options)
-        return self.receive()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.timer.cancel()
-        self.process.kill()
-        self.process.communicate()
-
-
-def hosted() -> Backbone:
-    """The golden CLIP as a backbone that its own repository hosts."""
-    sizes = Backbone.from_weights(visualad.read_tensors(CLIP), image_size=84, layers=(2, 4))
-    return replace(sizes, repo="org/backbone", file="open_clip_model.safetensors")
-
-
-def fingerprint(model: VisualAD) -> str:
-    """One hash for a model's config, tensors and output: equal if they are, bit for bit."""
-    images = torch.rand(1, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        tensors = [*model.state_dict().values(), model.eval()(images).map]
-    parts = [json.dumps(model.config()).encode(), *(tensor.numpy().tobytes() for tensor in tensors)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def load(source: str, **options: Any) -> str:
-    return fingerprint(VisualAD.from_pretrained(source, **options))
-
-
-def start(backbone: str, **options: Any) -> str:
-    torch.manual_seed(0)
-    return fingerprint(VisualAD.from_backbone(backbone, **options))
-
-
-def push(folder: str, *args: Any, **options: Any) -> str:
-    return VisualAD.from_pretrained(folder).push_to_hub(*args, **options)
-
-
-def save(folder: str, *args: Any, **options: Any) -> str:
-    return VisualAD.from_pretrained(folder).save_pretrained(*args, **options)
-
-
-TASKS = dict(load=load, start=start, push=push, save=save)
-
-
-def main() -> None:
-    out, sys.stdout = sys.stdout, sys.stderr
-    visualad.BACKBONES["hosted"] = hosted()
-    for line in sys.stdin:
-        task, args, options = json.loads(line)
-        try:
-            answer = [TASKS[task](*args, **options), None, None]
-        except Exception as error:
-            answer = [None, type(error).__name__, str(error)]
-        print(json.dumps(answer), file=out, flush=True)
-
-
-if __name__ == "__main__":
-    main()

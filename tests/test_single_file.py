@@ -5,16 +5,16 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import re
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import GOLDEN, ROOT
+from conftest import CLIP, OFFICIAL, ROOT
 
+import hubconf
+import visualad
 from visualad import BACKBONES, VisualAD
 
 SOURCE = (ROOT / "visualad.py").read_text()
@@ -39,38 +39,34 @@ def test_only_torch_and_the_standard_library_are_imported_at_the_top():
     assert names - set(sys.stdlib_module_names) == {"torch"}
 
 
-def test_the_method_is_read_in_300_lines_and_stands_alone(tmp_path):
+def test_the_method_is_one_class_read_in_330_lines_and_stands_alone(tmp_path):
     start, end = SOURCE.index("# --- 1."), SOURCE.index("# --- 6.")
-    assert len(SOURCE[start:end].strip().splitlines()) <= 300
+    assert len(SOURCE[start:end].strip().splitlines()) <= 330
+    assert SOURCE.count("class VisualAD(") == SOURCE.count("class VisualADNet(") == 1
     (tmp_path / "method.py").write_text(SOURCE[:end])
-    code = "import torch, method; print(method.VisualAD('tiny')(torch.rand(1, 3, 80, 160)).map.shape)"
+    code = "import torch, method; print(method.VisualADNet('tiny')(torch.rand(1, 3, 80, 160)).map.shape)"
     assert "[1, 80, 160]" in run(code, tmp_path)
 
 
-def test_copied_alone_it_imports_and_works_and_says_what_is_missing(tmp_path):
+def test_copied_alone_it_imports_torch_alone_and_works_and_says_what_is_missing(tmp_path):
     (tmp_path / "visualad.py").write_text(SOURCE)
     code = f"""
-import torch
+import sys, torch
+had = set(sys.modules)
 from visualad import VisualAD
+print(sorted(set(sys.modules) - had))
 print(VisualAD("tiny").predict(torch.rand(3, 50, 70)).map.shape)
-m = VisualAD.from_pretrained({str(GOLDEN / "visualad_official.pth")!r},
-                             backbone_weights={str(GOLDEN / "clip_openai.safetensors")!r})
+m = VisualAD.from_pretrained({str(OFFICIAL)!r}, backbone_weights={str(CLIP)!r})
 print(m.predict(torch.rand(3, 50, 70)).anomalous)
 try:
     VisualAD.from_pretrained("tiny")
 except FileNotFoundError as error:
     print(error)
 """
-    printed = run(code, tmp_path)
-    assert "(50, 70)" in printed and "None" in printed
-    assert "tiny.safetensors" in printed and str(tmp_path / "weights") in printed
-
-
-def test_importing_it_brings_no_package_but_torch(tmp_path):
-    (tmp_path / "visualad.py").write_text(SOURCE)
-    code = "import sys, torch; had = set(sys.modules); import visualad; print(sorted(set(sys.modules) - had))"
-    loaded = {name.partition(".")[0] for name in ast.literal_eval(run(code, tmp_path))}
+    loaded, shape, verdict, missing = run(code, tmp_path).splitlines()
+    loaded = {name.partition(".")[0] for name in ast.literal_eval(loaded)}
     assert loaded - set(sys.stdlib_module_names) <= {"visualad", "torch"}
+    assert (shape, verdict) == ("(50, 70)", "None") and "tiny" in missing
 
 
 def test_the_wheel_carries_the_module_the_command_and_the_bundled_model(tmp_path):
@@ -83,102 +79,61 @@ def test_the_wheel_carries_the_module_the_command_and_the_bundled_model(tmp_path
         entry = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
         assert "visualad = visualad:main" in archive.read(entry).decode()
     assert names == {"visualad.py", "visualad_weights/tiny.safetensors", "visualad_weights/README.md"}
-    (tmp_path / "elsewhere").mkdir()
     code = "from visualad import VisualAD; print(VisualAD.from_pretrained('tiny').layers)"
-    assert run(code, tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site")).strip() == "(1, 3)"
+    assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).strip() == "(1, 3)"
 
 
 # --- torch.hub
 
 
-def hub(code: str, folder) -> str:
-    load = f"load = lambda name, **kw: torch.hub.load({str(ROOT)!r}, name, source='local', **kw)"
-    return run(f"import sys, torch\n{load}\n{code}", folder)
-
-
 def test_hub_loads_beside_a_foreign_utils_module(tmp_path):
     (tmp_path / "utils.py").write_text("MINE = True\n")
-    code = """
-import utils
-model = load("visualad_tiny")
+    code = f"""
+import sys, torch, utils
+model = torch.hub.load({str(ROOT)!r}, "visualad_tiny", source="local")
 shape = model.predict(torch.rand(3, 40, 50)).map.shape
 print(utils.MINE, sys.modules["utils"] is utils, model.training, *shape)
 """
-    assert hub(code, tmp_path).split() == ["True", "True", "False", "40", "50"]
+    assert run(code, tmp_path).split() == ["True", "True", "False", "40", "50"]
 
 
 def test_hub_lists_models_only_each_with_its_help():
-    import hubconf
-
     public = {n: f for n, f in vars(hubconf).items() if callable(f) and not n.startswith("_")}
-    sizes = ["vits14", "vitb14", "vitl14", "vitg14"]
-    assert set(public) == {
-        "visualad_tiny",
-        *(f"visualad_clip_{size}" for size in ("vitb32", "vitb16", "vitl14", "vitl14_336")),
-        *(f"visualad_dinov2_{size}" for size in sizes),
-        *(f"visualad_dinov2_{size}_reg" for size in sizes),
-    }
+    names = [name.replace("-vit-", "_vit").replace("-", "_") for name in BACKBONES]
+    assert set(public) == {f"visualad_{name}" for name in names}
+    assert {"visualad_tiny", "visualad_clip_vitl14_336", "visualad_dinov3_vits16plus"} < set(public)
     for name, function in public.items():
         assert function.__doc__ and "px" in function.__doc__, name
         assert next(iter(inspect.signature(function).parameters)) == "pretrained"
     assert set(hubconf.dependencies) == {"torch", "safetensors", "huggingface_hub", "numpy"}
 
 
-def test_hub_without_weights_downloads_nothing():
-    import hubconf
-
+def test_hub_without_weights_downloads_nothing_and_says_where_nobody_has_published_any():
     model = hubconf.visualad_dinov2_vits14_reg(pretrained=False)
     assert model.backbone.cfg.registers == 4 and model.layers == (3, 6, 9, 12) and not model.training
-    with pytest.raises(ValueError, match="device"):
-        hubconf.visualad_tiny(pretrained=False, device="cpu")
+    for pretrained in (True, "visa", "mvtec"):
+        with pytest.raises(ValueError, match="dinov3-vit-s16.*train.py"):
+            hubconf.visualad_dinov3_vits16(pretrained=pretrained)
     with pytest.raises(ValueError, match="visa.*tiny"):
         hubconf.visualad_tiny("visa")
 
 
-@pytest.mark.parametrize("pretrained", [True, "visa", "mvtec"])
-def test_hub_says_where_nobody_has_published_weights(pretrained):
-    import hubconf
-
-    with pytest.raises(ValueError, match="clip-vit-b16.*train.py"):
-        hubconf.visualad_clip_vitb16(pretrained=pretrained)
-
-
 def test_hub_takes_a_source_of_its_own_backbone_only(tmp_path):
-    import hubconf
-
-    model = hubconf.visualad_tiny()
-    model.tokens.data += 1
-    model.save_pretrained(tmp_path)
-    assert torch.equal(hubconf.visualad_tiny(pretrained=str(tmp_path)).tokens, model.tokens)
-    with pytest.raises(ValueError, match="not trained on dinov2-vit-s14"):
-        hubconf.visualad_dinov2_vits14(pretrained=str(tmp_path))
-
-
-def test_hub_takes_a_file_that_holds_its_backbone_whole(tmp_path):
-    import hubconf
-
-    own = VisualAD(replace(BACKBONES["dinov2-vit-s14"], repo=None))
-    own.save_pretrained(tmp_path)
-    assert torch.equal(hubconf.visualad_dinov2_vits14(str(tmp_path)).tokens, own.tokens)
-    with pytest.raises(ValueError, match="not trained on dinov2-vit-s14-reg"):
-        hubconf.visualad_dinov2_vits14_reg(str(tmp_path))
+    for name, backbone in (("tiny", "tiny"), ("own", replace(BACKBONES["dinov2-vit-s14"], repo=None))):
+        VisualAD(backbone).save_pretrained(tmp_path / name)
+    assert hubconf.visualad_tiny(pretrained=str(tmp_path / "tiny")).layers == (1, 3)
+    assert hubconf.visualad_dinov2_vits14(str(tmp_path / "own")).layers == (3, 6, 9, 12)
+    for name in ("tiny", "own"):
+        with pytest.raises(ValueError, match="not trained on dinov2-vit-s14-reg"):
+            hubconf.visualad_dinov2_vits14_reg(pretrained=str(tmp_path / name))
 
 
 def test_hub_names_of_the_authors_checkpoints(monkeypatch):
-    import hubconf
-
-    asked = []
-
-    class Stop(Exception):
-        pass
-
-    def record(source, **kwargs):
-        asked.append((source, kwargs))
-        raise Stop
-
+    asked, tiny = [], VisualAD.from_pretrained("tiny")
+    record = lambda source, **options: asked.append((source, options)) or tiny  # noqa: E731
     monkeypatch.setattr(hubconf._VisualAD, "from_pretrained", record)
     for pretrained in (True, "visa", "mvtec", "me/mine"):
-        with pytest.raises(Stop):
+        with pytest.raises(ValueError, match="not trained on clip-vit-l14-336"):
             hubconf.visualad_clip_vitl14_336(pretrained=pretrained, device="cpu")
     names = ["clip-vit-l14-336-visa", "clip-vit-l14-336-visa", "clip-vit-l14-336-mvtec", "me/mine"]
     assert asked == [(name, {"device": "cpu"}) for name in names]
@@ -187,11 +142,8 @@ def test_hub_names_of_the_authors_checkpoints(monkeypatch):
 # --- the repository
 
 
-def test_there_are_four_modules_and_no_others():
+def test_there_are_four_modules_and_a_small_bundled_model():
     assert {p.name for p in ROOT.glob("*.py")} <= {"visualad.py", "hubconf.py", "train.py", "evaluate.py"}
-
-
-def test_the_bundled_model_is_small():
     assert (ROOT / "weights" / "tiny.safetensors").stat().st_size < 12e6
 
 
@@ -203,27 +155,16 @@ def test_ruff_is_clean():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_public_signature_is_typed():
-    import hubconf
-    import visualad
-
-    for module in (visualad, hubconf):
-        for name, thing in vars(module).items():
-            if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
-                continue
-            methods = [thing]
-            if inspect.isclass(thing):  # VisualAD is one class in three parts
-                parts = [part for part in thing.__mro__ if part.__module__ == module.__name__]
-                methods = [m for part in parts for n, m in vars(part).items() if not n.startswith("_")]
-            for function in methods:
-                function = getattr(function, "__func__", function)
-                if not inspect.isfunction(function) or re.match("<", function.__name__):
-                    continue
-                hints = inspect.signature(function)
-                missing = [p for p in hints.parameters if p not in ("self", "cls")]
-                missing = [p for p in missing if hints.parameters[p].annotation is inspect.Parameter.empty]
-                assert not missing and hints.return_annotation is not inspect.Signature.empty, (
-                    name,
-                    function,
-                    missing,
-                )
+@pytest.mark.parametrize("module", [visualad, hubconf])
+def test_every_public_signature_is_typed(module):
+    for name, thing in vars(module).items():
+        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
+            continue
+        methods = [m for n, m in vars(thing).items() if n[0] != "_"] if inspect.isclass(thing) else [thing]
+        for function in methods:
+            function = getattr(function, "__func__", function)
+            if inspect.isfunction(function) and function.__name__[0] != "<":
+                signature = inspect.signature(function)
+                parameters = [p for n, p in signature.parameters.items() if n not in ("self", "cls")]
+                assert signature.empty not in [p.annotation for p in parameters], (name, function)
+                assert signature.return_annotation is not signature.empty, (name, function)
