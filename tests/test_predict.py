@@ -87,6 +87,8 @@ def test_sixteen_grey_bits_are_kept_and_what_cannot_be_read_in_full_is_refused(t
             to_tensor(form)
     near = (torch.arange(243).view(3, 9, 9) + 0.03) / 255  # floats between the 256 levels stay as they are
     assert torch.equal(to_tensor(near), near) and to_tensor(near * 0 + 0.2).dtype == torch.uint8
+    near[0, 0, 0] = 1 + 5e-7  # rounding
+    assert to_tensor(near).max() == 1
 
 
 @pytest.mark.parametrize("size", [(37, 53), (90, 120), (224, 224), (300, 200)])
