@@ -367,7 +367,7 @@ def load_data(args: argparse.Namespace) -> tuple[str, list[Record]]:
     classes, records = sorted({record.cls for record in found}), []
     for cls in sorted(map(str.strip, args.classes.split(","))) if args.classes else classes:
         rows = [record for record in found if record.cls == cls]
-        n = min(args.limit or len(rows), len(rows))
+        n = len(rows) if args.limit is None else min(args.limit, len(rows))
         if n < 1:
             raise ValueError(f"no images of {cls} with --limit {args.limit}; classes: {', '.join(classes)}")
         records += [rows[(2 * i + 1) * len(rows) // (2 * n)] for i in range(n)]

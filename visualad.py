@@ -119,16 +119,19 @@ ACTIVATIONS = {  # the function, and how many values it makes one of
 
 
 def resample(table: Tensor, size: tuple[int, int], mode: str) -> Tensor:  # [g, g, D] -> [h * w, D]
-    """A table of positions read at a grid; at its own it stays as it is, without a branch for exporters."""
-    mode, _, antialias = mode.partition("-")
-    x = F.interpolate(table.float().permute(2, 0, 1)[None], size, mode=mode, antialias=bool(antialias))
-    return x[0].permute(1, 2, 0).to(table.dtype).flatten(0, 1)
+    """A table of positions read at another grid; at its own, where no exporter leaves that open, as it is."""
+    if any(isinstance(side, torch.SymInt) for side in size) or table.shape[:2] != size:
+        mode, _, antialias = mode.partition("-")
+        x = F.interpolate(table.float().permute(2, 0, 1)[None], size, mode=mode, antialias=bool(antialias))
+        table = x[0].permute(1, 2, 0).to(table.dtype)
+    return table.flatten(0, 1)
 
 
 def rotary(size: tuple[int, int], dim: int, device: torch.device) -> Tensor:  # (h, w) -> [2, N, dim]
     """Cosine and sine of DINOv3's angles: by each patch's centre, row then column, both in [-1, 1]."""
-    at = torch.cartesian_prod(*((torch.arange(n, device=device) + 0.5) / n * 2 - 1 for n in size))  # [N, 2]
-    periods = 100 ** (torch.arange(dim // 4, device=device) / (dim // 4))
+    at = [(torch.arange(n, device=device).float() + 0.5) / n * 2 - 1 for n in size]
+    at = torch.stack(torch.meshgrid(*at, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
+    periods = 100 ** (torch.arange(dim // 4, device=device).float() / (dim // 4))
     angles = (2 * math.pi * at[..., None] / periods).flatten(1).tile(2)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -527,7 +530,9 @@ def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, 
 
             path = Path(fetch(source, hf_hub_download, source, "model.safetensors", **hub))
         if not path.exists():
-            raise FileNotFoundError(f"no {path}; known: {', '.join(PRETRAINED)}, a folder, a file, a repo id")
+            raise FileNotFoundError(
+                f"{path} is not there; known: {', '.join(PRETRAINED)}, a folder, file or repo id"
+            )
         data, header = read_tensors(path)
     config, state = dict(sigma=4.0, threshold=None, display_high=None), dict(flatten(data))
     if "config" in header:
@@ -745,6 +750,10 @@ class VisualAD(VisualADNet):
         """Loads what was learned from `state`, the backbone from there, its weights or where it is hosted.
         norm: "backbone" or "checkpoint", as of `from_pretrained`. Raises ValueError, FileNotFoundError."""
         cfg, whole = self.backbone.cfg, any(key.startswith("backbone.") for key in state)
+        if unknown := hub.keys() - {"token", "cache_dir", "revision", "local_files_only", "force_download"}:
+            raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
+        if weights is None and cfg == BACKBONES["tiny"]:
+            weights = read_model("tiny", None, hub)[1]
         weights = state if whole else weights
         if weights is None and cfg.repo is None:
             raise ValueError("this backbone is hosted nowhere: pass backbone_weights=PATH")
@@ -949,16 +958,15 @@ def run(args: argparse.Namespace) -> int:
             settings = options | dict(threshold=model.threshold, display_high=high)
             report = dict(model=args.model, settings=settings, images=images, errors=errors)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
-    flagged = sum(image["anomalous"] or 0 for image in images)
-    print(f"{len(images)} images, {flagged} anomalous, {len(errors)} unreadable; heatmaps in {args.out}")
+    verdicts = [image["anomalous"] for image in images if image["anomalous"] is not None]
+    told = f"{sum(verdicts)} anomalous" if verdicts else "no threshold for this size and sigma"
+    print(f"{len(images)} images, {told}, {len(errors)} unreadable; heatmaps in {args.out}")
     return 1 if errors else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Scores images and writes heatmaps. Exit status: 0; 1 where an image was unreadable; 2 for an error."""
-    usage = (
-        "\n  python visualad.py photos --json scores.json\n  python visualad.py *.png --calibrate good_photos"
-    )
+    usage = "\n  python visualad.py photos --json scores.json\n  python visualad.py *.png --calibrate good"
     parser = argparse.ArgumentParser(usage=usage, description="Finds anomalies in images of anything.")
     parser._negative_number_matcher = re.compile(r"-[\d.]")  # or -5e-05 would be taken for a flag
     add = parser.add_argument

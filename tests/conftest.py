@@ -65,6 +65,12 @@ def as_png(pixels: np.ndarray, **options) -> bytes:
     return file.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test sees the same random numbers in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, torch.Tensor]:
     """What the authors' program printed; the README beside the file says how it was made."""
@@ -88,5 +94,4 @@ def listed(monkeypatch) -> Backbone:
 @pytest.fixture
 def model() -> VisualAD:
     """A small random model, in eval mode."""
-    torch.manual_seed(0)
     return VisualAD(SMALL).eval()

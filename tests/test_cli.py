@@ -41,7 +41,7 @@ def test_a_folder_gives_a_table_heatmaps_and_json_also_where_an_image_is_broken(
     found, printed = report("in", status=1), capsys.readouterr()
     assert found["model"] == "tiny" and found["settings"]["size"] == [224, 224]
     assert [error["path"] for error in found["errors"]] == ["in/broken.png", "in/lost.png"]
-    assert "broken.png" in printed.err and "4 images" in printed.out and "2 unreadable" in printed.out
+    assert "broken.png" in printed.err and "4 images, 2 anomalous, 2 unreadable" in printed.out
     assert column(found, "path") == ["in/a.jpg", "in/a.png", "in/big.bmp", "in/sub/a.png"]
     maps = [f"heatmaps/{name}.png" for name in ("a.jpg", "a.png", "big.bmp", "sub/a.png")]
     assert column(found, "heatmap") == maps and all(os.path.isfile(path) for path in maps)
@@ -85,7 +85,7 @@ def test_what_was_found_before_an_interrupt_is_in_the_json(images, monkeypatch):
     assert (images / "heatmaps" / "a.jpg.png").is_file()
 
 
-def test_thresholds_come_from_the_command_line_or_from_normal_images(images):
+def test_thresholds_come_from_the_command_line_or_from_normal_images(images, capsys):
     (images / "in" / "broken.png").unlink()
 
     def verdicts(*arguments):
@@ -96,6 +96,7 @@ def test_thresholds_come_from_the_command_line_or_from_normal_images(images):
     assert column(found, "anomalous") == [score > -5e-05 for score in column(found, "score")]
     assert found["settings"]["threshold"]["value"] == -5e-05
     assert verdicts("--size", "80") == [None] * 4  # the model's own is for another size
+    assert "4 images, no threshold for this size and sigma, 0 unreadable" in capsys.readouterr().out
     assert verdicts("--size", "80", "--threshold", "9") == [False] * 4
     assert verdicts("--calibrate", "in") == [False] * 4
     made = report("in", "--calibrate", "in", "--size", "80x96", "--sigma", "2")["settings"]["threshold"]

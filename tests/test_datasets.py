@@ -413,7 +413,7 @@ def test_classes_are_chosen_by_name_and_a_limit_spreads_evenly_over_each(tmp_pat
         places = [6 * record.label + int(record.path.stem) for record in load_data(args)[1]]
         gaps = np.diff([*places, places[0] + 12])
         assert len(places) == n and (gaps > 0).all() and gaps.max() - gaps.min() <= 1
-    for flag, value in (("--classes", "01,4"), ("--limit", "-1")):
+    for flag, value in (("--classes", "01,4"), ("--limit", "-1"), ("--limit", "0")):
         assert main(["--data", str(root), flag, value]) == 2
         told = capsys.readouterr()
         assert value[-1] in told.err and "01, 02, 03" in told.err

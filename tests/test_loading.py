@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import CLIP, OFFICIAL, ROOT, SMALL, same
+from conftest import CLIP, OFFICIAL, SMALL, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -104,12 +104,15 @@ def test_training_starts_with_a_random_part_and_the_backbones_norm(listed):
     assert torch.equal(model.backbone.norm.weight, load_file(CLIP)["visual.ln_post.weight"].float())
     assert torch.equal(model.norm.weight, model.backbone.norm.weight + 1)
     assert (model.layers, model.anchors, model.image_size) == ((4,), 3, 70) and model.tokens.std() < 0.02
-    tiny = VisualAD.from_backbone("tiny", ROOT / "weights" / "tiny.safetensors")
+    tiny = VisualAD.from_backbone("tiny")
     bundled = VisualAD.from_pretrained("tiny")
     assert same(tiny.backbone.state_dict(), bundled.backbone.state_dict()) and tiny.threshold is None
     assert not torch.equal(tiny.tokens, bundled.tokens)
     with pytest.raises(ValueError, match="hosted nowhere: pass backbone_weights"):
         VisualAD.from_backbone(SMALL)
+    for load in (VisualAD.from_backbone, VisualAD.from_pretrained):
+        with pytest.raises(TypeError, match="torch_dtype"):  # transformers' word for it
+            load("tiny", torch_dtype=torch.float16)
 
 
 # --- the authors' checkpoints

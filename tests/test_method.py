@@ -215,8 +215,11 @@ def test_an_exported_program_is_saved_and_gives_them_too(exported, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_older_onnx_exporter_gives_them_at_one_size(model, tmp_path):
-    images = torch.rand(1, 3, 56, 84)
+@pytest.mark.parametrize(
+    "family", [{}, dict(registers=4, resample="bicubic-antialias"), dict(grid=0)], ids=str
+)
+def test_the_older_onnx_exporter_gives_them_at_one_size(family, tmp_path):
+    model, images = VisualAD(replace(SMALL, **family)).eval(), torch.rand(1, 3, 56, 56)
     torch.onnx.export(Infer(model), (images,), tmp_path / "a.onnx", input_names=["x"], dynamo=False)
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     as_infer(lambda x: session.run(None, {"x": x.numpy()}), model, images.shape)
