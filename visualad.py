@@ -31,14 +31,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import huggingface_hub  # its parts are loaded once they are used
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    import numpy as np
+from tqdm import tqdm  # comes with huggingface_hub
 
 Taps = tuple[int, ...] | None  # layers; None: the backbone's own
 Weights = str | os.PathLike | Mapping[str, Any]  # a file or folder, or a state dict
@@ -403,37 +405,36 @@ SPELLINGS = [
 ]  # fmt: skip
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_tensors(weights: Weights) -> tuple[Mapping[str, Any], dict[str, str]]:
     """Tensors and header of a .safetensors file, a pickle of plain tensors, the shards of an index, or a
-    folder that holds one of these, as on Hugging Face."""
+    folder that holds one of these, as on Hugging Face; a state dict is taken as it is."""
+    if isinstance(weights, Mapping):
+        return weights, {}
     names = "model.safetensors model.safetensors.index.json open_clip_model.safetensors pytorch_model.bin"
-    if path.is_dir():
-        path = next((path / name for name in names.split() if (path / name).is_file()), path)
+    path = next((file for name in names.split() if (file := Path(weights, name)).is_file()), Path(weights))
     if path.suffix == ".json":
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {key: x for name in shards for key, x in read_tensors(path.with_name(name))[0].items()}, {}
     if path.suffix != ".safetensors":
-        return dict(torch.load(path, map_location="cpu", weights_only=True)), {}
-    from safetensors import safe_open
-
+        return torch.load(path, map_location="cpu", weights_only=True), {}
     with safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
 
 
-def flatten(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def flatten(state: Any, name: str = "") -> dict[str, Tensor]:
     """The tensors of nested dicts and lists, fp32, under dotted names; what is no tensor is left out."""
     if isinstance(state, Tensor):
-        yield name, state.detach().float()
-    elif isinstance(state, (Mapping, list, tuple)):
-        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-            yield from flatten(value, f"{name}.{key}" if name else str(key))
+        return {name: state.detach().float()}
+    state = dict(enumerate(state)) if isinstance(state, (list, tuple)) else state
+    inner = state.items() if isinstance(state, Mapping) else ()
+    return {k: x for key, y in inner for k, x in flatten(y, f"{name}.{key}".lstrip(".")).items()}
 
 
 def backbone_state(weights: Weights) -> dict[str, Tensor]:
     """A backbone's file, folder or state dict of any known family -> its tensors, fp32, under ViT's names.
     Raises ValueError where it is not just one, whole."""
     what = "the state dict" if isinstance(weights, Mapping) else str(weights)
-    found = dict(flatten(weights if isinstance(weights, Mapping) else read_tensors(Path(weights))[0]))
+    found = flatten(read_tensors(weights)[0])
     starts = {key[: match.start(1)] for key in found if (match := re.search(rf"(?:^|\.)({CLS})$", key))}
     if len(starts) != 1:
         seen = f"several, after {sorted(starts)}" if starts else f"{', '.join([*found][:3])}, ..."
@@ -451,8 +452,8 @@ def backbone_state(weights: Weights) -> dict[str, Tensor]:
     if lacks := {"patch_embed.proj.weight", "blocks.0.fc1.weight", "blocks.0.fc2.weight"} - state.keys():
         raise ValueError(f"{what} is not a whole vision transformer of a known family: it lacks {min(lacks)}")
     width = state["cls_token"].numel()
-    own = f"{start}blocks.0.qkv.weight" in found  # of ours, which may have been trained whole
-    if "pos_embed" not in state and not own:  # DINOv3's keys have no bias, whatever its release holds there
+    if "pos_embed" not in state and f"{start}blocks.0.qkv.weight" not in found:
+        # DINOv3's keys have no bias, whatever its release holds there; a file of ours may have been trained.
         for key in [key.replace("weight", "bias") for key in state if "qkv.weight" in key]:
             bias = state.get(key, torch.zeros(3 * width))
             state[key] = torch.cat([bias[:width], 0 * bias[:width], bias[-width:]])
@@ -499,47 +500,42 @@ def read_fields(weights: Weights) -> dict[str, Any]:
     return fields | (GATED if len(state["blocks.0.fc1.weight"]) == 2 * hidden else {})
 
 
-def fetch(what: str, download: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def download(source: str, file: str, hub: Mapping[str, Any]) -> Path:
+    """A file of a Hugging Face repo, or the authors' checkpoint of that name. Raises FileNotFoundError."""
     try:
-        return download(*arguments, **options)
+        if not (sha256 := PRETRAINED.get(source)):
+            return Path(huggingface_hub.hf_hub_download(source, file, **hub))
+        folder = Path(hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints")
+        path = folder / f"visualad-{source}-{sha256}.pth"
+        if not path.exists() and hub.get("local_files_only"):
+            raise FileNotFoundError(f"{path} is not there")
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            url = f"{OFFICIAL}/{COMMIT}/weight/train_on_{source.rpartition('-')[2]}/{file}"
+            torch.hub.download_url_to_file(url, path, sha256)
+        return path
     except (OSError, RuntimeError) as error:
         cause = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"could not get {what}: {cause}; give a local path instead") from error
+        raise FileNotFoundError(f"could not get {file} of {source}: {cause}; give a local path") from error
 
 
 def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, Any]) -> tuple[dict, dict]:
     """Config and tensors behind whatever `from_pretrained` takes. Raises ValueError, FileNotFoundError."""
-    path, header = Path(source), {}
-    if sha256 := PRETRAINED.get(source):
-        url = f"{OFFICIAL}/{COMMIT}/weight/train_on_{source.rpartition('-')[2]}/CLIP.pth"
-        options = dict(file_name=f"visualad-{source}-{sha256}.pth", check_hash=True, weights_only=True)
-        options |= dict(
-            model_dir=hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints", map_location="cpu"
-        )
-        if hub.get("local_files_only") and not Path(options["model_dir"], options["file_name"]).is_file():
-            raise FileNotFoundError(
-                f"{options['file_name']} is not in {options['model_dir']}: local_files_only"
-            )
-        data = fetch(source, torch.hub.load_state_dict_from_url, url, **options)
-    else:
-        if source in PRETRAINED:  # beside this file in a clone, or where pip puts it
-            here = Path(__file__).parent
-            path = next(here.glob("*weights/tiny.safetensors"), here / "weights" / "tiny.safetensors")
-        elif source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
-            from huggingface_hub import hf_hub_download
-
-            path = Path(fetch(source, hf_hub_download, source, "model.safetensors", **hub))
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is not there; known: {', '.join(PRETRAINED)}, a folder, file or repo id"
-            )
-        data, header = read_tensors(path)
-    config, state = dict(sigma=4.0, threshold=None, display_high=None), dict(flatten(data))
+    path = Path(source)
+    if source == "tiny":  # beside this file in a clone, or where pip puts it
+        path = next(Path(__file__).parent.glob("*weights/tiny.safetensors"), Path("weights/tiny.safetensors"))
+    elif source in PRETRAINED:
+        path = download(source, "CLIP.pth", hub)
+    elif source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
+        path = download(source, "model.safetensors", hub)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; known: {', '.join(PRETRAINED)}, a path, a repo id")
+    data, header = read_tensors(path)
+    config, state = dict(sigma=4.0, threshold=None, display_high=None), flatten(data)
     if "config" in header:
         config |= dict(final_norm="checkpoint") | json.loads(header["config"])
-        if isinstance(fields := config["backbone"], Mapping):
-            fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
-            config["backbone"] = Backbone(**{"sigma": config["sigma"]} | fields)
+        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in config["backbone"].items()}
+        config["backbone"] = Backbone(**{"sigma": config["sigma"]} | fields)
         return config, state
     if "features_list" not in data:
         raise ValueError(f"{source} is no VisualAD model; a backbone alone goes in as backbone_weights")
@@ -558,13 +554,10 @@ def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, 
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Whole or not at all: written beside the target, synced, renamed. Makes missing folders."""
+    """Whole or not at all: written beside the target, then renamed. Makes missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    part.write_bytes(data)
     os.replace(part, path)
 
 
@@ -604,7 +597,6 @@ def each(images: Any) -> Iterator[Any]:
 def to_tensor(image: Any) -> Tensor:
     """Any single image that `predict` takes -> RGB [3, H, W], uint8, or fp32 in [0, 1] if 8 bits are too few.
     Raises ValueError for anything else, FileNotFoundError for a missing file."""
-    import numpy as np
     from PIL import Image, ImageOps
 
     image = io.BytesIO(image) if isinstance(image, (bytes, bytearray)) else image
@@ -618,9 +610,7 @@ def to_tensor(image: Any) -> Tensor:
             raise ValueError(f"cannot read {image} as an image: {error}") from error
     if isinstance(image, Image.Image):
         deep = image.format in ("PNG", "TIFF", "PPM") and re.search(r";16|'RGB', \d{4}", str(image.tile))
-        inverted = (
-            getattr(image, "tag_v2", {}).get(262) == 0
-        )  # a TIFF's white is 0: Pillow turns 8 bits alone
+        inverted = getattr(image, "tag_v2", {}).get(262) == 0  # a TIFF's white: Pillow turns 8 bits alone
         image.load()
         wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         if (deep or image.mode in ("I", "F")) and (inverted or not wide):
@@ -732,16 +722,13 @@ class VisualAD(VisualADNet):
         if final_norm not in (None, "backbone", "checkpoint"):
             raise ValueError(f"final_norm must be 'backbone', 'checkpoint' or None, got {final_norm!r}")
         config, state = read_model(os.fspath(source), backbone_weights, hub)
-        cfg, norm = config["backbone"], final_norm or config["final_norm"]
-        if any(key.startswith("backbone.") for key in state):  # what is hosted under its name is not this
-            cfg = replace(cfg, repo=None)
+        norm = final_norm or config["final_norm"]
         with torch.device("meta"):  # no random numbers that are overwritten at once
-            model = cls(cfg, config["layers"], config["anchors"], config["image_size"])
+            model = cls(config["backbone"], config["layers"], config["anchors"], config["image_size"])
         model.fill(state, backbone_weights, norm, hub).sigma = config["sigma"]
         if norm == "checkpoint":
             model.threshold, model.display_high = config["threshold"], config["display_high"]
-        if dtype is not None:
-            model.backbone.to(dtype)
+        model.backbone.to(dtype=dtype)
         return model.to(device or torch.get_default_device()).eval()
 
     def fill(
@@ -749,19 +736,17 @@ class VisualAD(VisualADNet):
     ) -> VisualAD:
         """Loads what was learned from `state`, the backbone from there, its weights or where it is hosted.
         norm: "backbone" or "checkpoint", as of `from_pretrained`. Raises ValueError, FileNotFoundError."""
-        cfg, whole = self.backbone.cfg, any(key.startswith("backbone.") for key in state)
+        cfg = self.backbone.cfg
         if unknown := hub.keys() - {"token", "cache_dir", "revision", "local_files_only", "force_download"}:
             raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
-        if weights is None and cfg == BACKBONES["tiny"]:
+        if any(key.startswith("backbone.") for key in state):
+            weights = state
+        elif weights is None and cfg == BACKBONES["tiny"]:
             weights = read_model("tiny", None, hub)[1]
-        weights = state if whole else weights
-        if weights is None and cfg.repo is None:
+        elif weights is None and cfg.repo is None:
             raise ValueError("this backbone is hosted nowhere: pass backbone_weights=PATH")
-        if weights is None:
-            from huggingface_hub import hf_hub_download
-
-            what = f"the backbone, {cfg.file} of {cfg.repo}"
-            weights = fetch(what, hf_hub_download, cfg.repo, cfg.file, **{**hub, "revision": None})
+        elif weights is None:
+            weights = download(cfg.repo, cfg.file, {**hub, "revision": None})
         for name, told in read_json(weights).items():
             if getattr(cfg, name) not in (told, "swiglu"):
                 here = f"{name} is {told}, here {getattr(cfg, name)}"
@@ -780,30 +765,25 @@ class VisualAD(VisualADNet):
         """Exactly what training changes and saving keeps: tokens, final norm, SCA and SAF."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
 
-    def config(self) -> dict[str, Any]:
-        """What rebuilds the model around its tensors. A backbone that was tuned, that is, has parameters that
-        require gradients, is hosted nowhere."""
-        tuned = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        backbone = asdict(self.backbone.cfg) | (dict(repo=None) if tuned else {})
-        config = dict(backbone=backbone, layers=self.layers, anchors=self.anchors, image_size=self.image_size)
-        return config | dict(sigma=self.sigma, threshold=self.threshold, display_high=self.display_high)
-
     def save_pretrained(self, folder: str | os.PathLike, *, repo_id: str = "", notes: str = "") -> None:
-        """Writes model.safetensors, complete in itself, config.json, a copy of its config, and README.md, a
-        card with `notes`, if there is none. The backbone goes in if it is hosted nowhere or was tuned."""
-        from huggingface_hub import ModelCardData
-        from safetensors.torch import save
-
-        folder, config, repo = Path(folder), self.config(), self.backbone.cfg.repo
+        """Writes model.safetensors, complete in itself, config.json, a copy of what stands in its header, and
+        README.md, a card with `notes`, if there is none. The backbone goes in if it is hosted nowhere or
+        was tuned, that is, has parameters that require gradients."""
+        folder, cfg = Path(folder), self.backbone.cfg
         if not (folder / "README.md").exists():
-            data = ModelCardData(license="mit", library_name="visualad", pipeline_tag="image-segmentation")
-            data.base_model, data.tags = repo, ["anomaly-detection", "zero-shot", "visualad"]
-            text = f"---\n{data}\n---\n# VisualAD on {repo or 'its own backbone'}, {self.image_size} px\n\n"
+            data = huggingface_hub.ModelCardData(license="mit", pipeline_tag="image-segmentation")
+            data.library_name, data.base_model, data.tags = "visualad", cfg.repo, ["anomaly-detection"]
+            text = f"---\n{data}\n---\n# VisualAD on {cfg.repo or 'its own backbone'}\n\n"
             text += "Zero-shot anomaly detection (arXiv:2603.07952). Score, map and verdict of an image:\n"
             text += f'`VisualAD.from_pretrained("{repo_id or folder}").predict("photo.jpg")`\n\n{notes}\n'
             write_atomic(folder / "README.md", text.encode())
+        tuned = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        hosted = cfg.repo is not None and not tuned
+        config = dict(backbone=asdict(cfg if hosted else replace(cfg, repo=None)), layers=self.layers)
+        for name in ("anchors", "image_size", "sigma", "threshold", "display_high"):
+            config[name] = getattr(self, name)
         write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
-        state = self.learned() if config["backbone"]["repo"] else self.state_dict()
+        state = self.learned() if hosted else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
         header = {"format": "pt", "config": json.dumps(config)}
         write_atomic(folder / "model.safetensors", save(state, header))
@@ -811,13 +791,10 @@ class VisualAD(VisualADNet):
     def push_to_hub(self, repo_id: str, *, notes: str = "", private: bool = False, **upload: Any) -> str:
         """Uploads what `save_pretrained` writes and returns the commit's address. upload: a token, arguments
         of huggingface_hub's upload_folder, as ignore_patterns="README.md" where a card is to stay."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=upload.pop("token", None))
+        api = huggingface_hub.HfApi(token=upload.pop("token", None))
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private or None).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id, notes=notes)
-            upload = dict(commit_message="Upload VisualAD") | upload
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)
 
     def predict_iter(
@@ -910,49 +887,47 @@ def load_model(args: argparse.Namespace) -> tuple[VisualAD, dict[str, Any]]:
     model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
     size = model.input_size([int(side) for side in (args.size.split("x") * 2)[:2]] if args.size else None)
     sigma = model.sigma if args.sigma is None else args.sigma
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     return model, dict(size=size, sigma=sigma, batch_size=args.batch_size)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm  # comes with huggingface_hub
-
     files = dict.fromkeys(p for x in args.images for p in (images_below(x, args.out) if x.is_dir() else [x]))
     base = os.path.commonpath([os.path.abspath(x if x.is_dir() else x.parent) for x in args.images])
     model, options = load_model(args)
     if args.calibrate:
         model.calibrate(images_below(args.calibrate, args.out), **options)
     if args.threshold is not None:
-        where = dict(size=options["size"], sigma=options["sigma"])
-        model.threshold = dict(where, value=args.threshold, made="by hand")
+        model.threshold = dict(
+            value=args.threshold, size=options["size"], sigma=options["sigma"], made="by hand"
+        )
     high = model.display_high or len(model.layers)  # half of what the map can reach
-    images, errors, read = [], [], deque()
+    images, errors = [], []
 
-    def attempt(path: Path) -> tuple[Path, Tensor | Exception]:
+    def read(path: Path) -> tuple[Path, Tensor | Exception]:
         try:
             return path, to_tensor(path)
         except (ValueError, OSError) as error:
             return path, error
 
-    def readable() -> Iterator[Tensor]:
-        for path, image in ahead(attempt, files, 2):
-            if isinstance(image, Tensor):
-                read.append((path, image))
-                yield image
-            else:
-                errors.append(dict(path=str(path), error=str(image)))
-                tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {image}", file=sys.stderr)
-
     print(f"{'score':>8}  {'verdict':9}  image")
-    results = tqdm(model.predict_iter(readable(), **options), total=len(files), disable=None, leave=False)
+    ready = tqdm(ahead(read, files, 2 * args.batch_size), total=len(files), disable=None, leave=False)
     try:
-        for score, heat, anomalous in results:
-            path, image = read.popleft()
-            target = args.out / f"{os.path.relpath(path, base)}.png"  # a.jpg -> a.jpg.png: no two collide
-            target.parent.mkdir(parents=True, exist_ok=True)
-            overlay(image, heat, high=high).save(target, compress_level=1)
-            images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(target)))
-            verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
-            tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
+        while chunk := list(islice(ready, args.batch_size)):
+            found = model.predict_iter((x for _, x in chunk if isinstance(x, Tensor)), **options)
+            for path, image in chunk:
+                if isinstance(image, Exception):
+                    errors.append(dict(path=str(path), error=str(image)))
+                    tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {image}", file=sys.stderr)
+                    continue
+                score, heat, anomalous = next(found)
+                target = args.out / f"{os.path.relpath(path, base)}.png"  # a.jpg -> a.jpg.png: no two collide
+                target.parent.mkdir(parents=True, exist_ok=True)
+                overlay(image, heat, high=high).save(target, compress_level=1)
+                images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(target)))
+                verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
+                tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
     finally:  # also when interrupted: what was found is not lost
         if args.json:
             settings = options | dict(threshold=model.threshold, display_high=high)

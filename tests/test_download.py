@@ -60,19 +60,21 @@ def half(body):
 def test_a_repo_id_loads_the_saved_model_bit_for_bit_and_then_without_a_network(server, tmp_path):
     model, server.files[FILE] = saved(tmp_path)
     found = load("user/model")
-    assert same(found, model) and found.config() == model.config()
+    assert same(found, model) and found.threshold == model.threshold
     assert [asked[:2] for asked in server.asked] == [("HEAD", FILE), ("GET", FILE)]
     server.asked.clear()
     assert same(load("user/model", local_files_only=True), model) and not server.asked
     server.shutdown()
     server.server_close()
     assert same(load("user/model"), model)  # from the cache
-    with pytest.raises(FileNotFoundError, match="could not get user/other: .*; give a local path instead"):
+    with pytest.raises(
+        FileNotFoundError, match="could not get model.safetensors of user/other: .*; give a local path"
+    ):
         load("user/other")
 
 
 def test_what_cannot_be_had_is_named_and_a_later_load_is_whole(server, tmp_path):
-    told = dict(match="could not get user/model: .*; give a local path instead")
+    told = dict(match="could not get model.safetensors of user/model: .*; give a local path")
     with pytest.raises(FileNotFoundError, **told):
         load("user/model", local_files_only=True)
     assert not server.asked
@@ -98,7 +100,7 @@ def test_the_backbone_comes_from_its_own_repo_with_the_token_but_not_the_revisio
     model = VisualAD.from_backbone("listed", CLIP)
     model.save_pretrained(tmp_path / "learned")
     for call in (lambda: load(tmp_path / "learned"), lambda: VisualAD.from_backbone("listed")):
-        with pytest.raises(FileNotFoundError, match="the backbone, open_clip_model.safetensors of org/clip:"):
+        with pytest.raises(FileNotFoundError, match="get open_clip_model.safetensors of org/clip:"):
             call()
     server.asked.clear()
     saved = (tmp_path / "learned" / "model.safetensors").read_bytes()
@@ -159,7 +161,7 @@ def test_the_authors_file_is_downloaded_once_into_torch_hubs_cache_or_yours(
 
 @pytest.mark.parametrize("spoil", [half, lambda body: bytes(len(body))])
 def test_a_cut_or_wrong_answer_leaves_nothing_and_the_next_is_whole(mirror, official, tmp_path, spoil):
-    mirror.spoil, told = spoil, f"could not get {NAME}: .*; give a local path instead"
+    mirror.spoil, told = spoil, f"could not get CLIP.pth of {NAME}: .*; give a local path"
     with pytest.raises(FileNotFoundError, match=told):
         load(NAME, backbone_weights=CLIP)
     assert os.listdir(tmp_path / "torch" / "checkpoints") == []
@@ -172,7 +174,7 @@ def test_an_authors_file_that_cannot_be_had_is_named_and_offline_nothing_is_aske
         load(NAME, backbone_weights=CLIP, local_files_only=True)
     assert not mirror.asked
     mirror.files.clear()
-    with pytest.raises(FileNotFoundError, match=f"could not get {NAME}: .*404"):
+    with pytest.raises(FileNotFoundError, match=f"could not get CLIP.pth of {NAME}: .*404"):
         load(NAME, backbone_weights=CLIP)
 
 

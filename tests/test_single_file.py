@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import os
 import subprocess
@@ -29,16 +28,6 @@ def run(code: str, folder, **env) -> str:
     return done.stdout
 
 
-def test_only_torch_and_the_standard_library_are_imported_at_the_top():
-    names = set()
-    for node in ast.parse(SOURCE).body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-    assert names - set(sys.stdlib_module_names) == {"torch"}
-
-
 def test_the_method_is_one_class_read_in_330_lines_and_stands_alone(tmp_path):
     start, end = SOURCE.index("# --- 1."), SOURCE.index("# --- 6.")
     assert len(SOURCE[start:end].strip().splitlines()) <= 330
@@ -48,13 +37,12 @@ def test_the_method_is_one_class_read_in_330_lines_and_stands_alone(tmp_path):
     assert "[1, 80, 160]" in run(code, tmp_path)
 
 
-def test_copied_alone_it_imports_torch_alone_and_works_and_says_what_is_missing(tmp_path):
+def test_copied_alone_it_works_and_says_what_is_missing(tmp_path):
     (tmp_path / "visualad.py").write_text(SOURCE)
     code = f"""
 import sys, torch
-had = set(sys.modules)
 from visualad import VisualAD
-print(sorted(set(sys.modules) - had))
+print("PIL" in sys.modules)
 print(VisualAD("tiny").predict(torch.rand(3, 50, 70)).map.shape)
 m = VisualAD.from_pretrained({str(OFFICIAL)!r}, backbone_weights={str(CLIP)!r})
 print(m.predict(torch.rand(3, 50, 70)).anomalous)
@@ -64,9 +52,7 @@ except FileNotFoundError as error:
     print(error)
 """
     loaded, shape, verdict, missing = run(code, tmp_path).splitlines()
-    loaded = {name.partition(".")[0] for name in ast.literal_eval(loaded)}
-    assert loaded - set(sys.stdlib_module_names) <= {"visualad", "torch"}
-    assert (shape, verdict) == ("(50, 70)", "None") and "tiny" in missing
+    assert (loaded, shape, verdict) == ("False", "(50, 70)", "None") and "weights/tiny.safetensors" in missing
 
 
 def test_the_wheel_carries_the_module_the_command_and_the_bundled_model(tmp_path):
