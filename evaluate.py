@@ -389,15 +389,13 @@ def guarded(name: str, program: Callable[[argparse.Namespace], int], args: argpa
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 where a file could not be read; 2 for an error; 130 when interrupted."""
+    """Exit status: 0; 1 where a file could not be read; 2 for an error."""
     usage = "\n  python evaluate.py --data ROOT --model tiny --json result.json"
     usage += "\n  torchrun --nproc-per-node=8 evaluate.py --data ROOT --model tiny"
     parser = argparse.ArgumentParser(usage=usage, description="Scores a dataset as it lies on disk.")

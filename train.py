@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
 
 # --- 5. command line -------------------------------------------------------------------------------------
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for an error; 130 when interrupted."""
+    """Exit status: 0; 2 for an error."""
     usage = """
   torchrun --nproc-per-node=8 train.py --data VISA --backbone clip-vit-l14-336 --out runs/visa
   python train.py --data photos --model tiny --synthetic only --epochs 30 --lr 1e-3 --out runs/own"""

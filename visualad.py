@@ -912,7 +912,7 @@ def run(args: argparse.Namespace) -> int:
             return path, error
 
     print(f"{'score':>8}  {'verdict':9}  image")
-    ready = tqdm(ahead(read, files, 2 * args.batch_size), total=len(files), disable=None, leave=False)
+    ready = iter(tqdm(ahead(read, files, 2 * args.batch_size), total=len(files), disable=None, leave=False))
     try:
         while chunk := list(islice(ready, args.batch_size)):
             found = model.predict_iter((x for _, x in chunk if isinstance(x, Tensor)), **options)

@@ -38,7 +38,7 @@ def column(found, name):
 
 def test_a_folder_gives_a_table_heatmaps_and_json_also_where_an_image_is_broken(images, capsys):
     (images / "in" / "lost.png").symlink_to(images / "gone.png")
-    found, printed = report("in", status=1), capsys.readouterr()
+    found, printed = report("in", "--batch-size", "3", status=1), capsys.readouterr()
     assert found["model"] == "tiny" and found["settings"]["size"] == [224, 224]
     assert [error["path"] for error in found["errors"]] == ["in/broken.png", "in/lost.png"]
     assert "broken.png" in printed.err and "4 images, 2 anomalous, 2 unreadable" in printed.out
