@@ -210,11 +210,12 @@ class PixelHistogram:
         maps, masks = (torch.as_tensor(x, device=self.counts.device).detach() for x in (maps, masks))
         low, high = maps.aminmax()
         sound = maps.ndim == 3 and maps.shape == masks.shape and maps.is_floating_point()
-        if not (sound and self.low <= low and high <= self.high and ((masks == 0) | (masks == 1)).all()):
+        sound &= masks.dtype == torch.bool or bool(((masks == 0) | (masks == 1)).all())
+        if not (sound and self.low <= low and high <= self.high):
             got = f"{maps.dtype} {[*maps.shape]} from {low} to {high}, {masks.dtype} {[*masks.shape]}"
             raise ValueError(f"wanted maps [B, H, W] in {self.low, self.high}, masks 0 or 1, got {got}")
         for values, mask in zip(maps.split(1), masks.bool().split(1), strict=True):  # one stays in the cache
-            place = ((values.double() - self.low) * self.scale).long().clamp_(max=self.bins - 1)
+            place = (values.double() - self.low).mul_(self.scale).long().clamp_(max=self.bins - 1)
             both = (place + self.bins * mask).flatten()  # self.counts[0] or, where the mask is true, [1]
             self.counts.view(-1).scatter_add_(0, both, both.new_ones(1).expand(len(both)))
             self.counts[2].scatter_add_(0, place[mask], region_weights(mask))
@@ -286,7 +287,7 @@ def evaluate(
     from. keep: a JSON file for it after each class. heatmaps: a folder for strips. Raises ValueError.
     """
     size, (rank, world), device = model.input_size(size), ranks(), model.tokens.device
-    reach, high = 2.0 * len(model.layers), model.display_high or len(model.layers)
+    high = len(model.layers)  # of the heatmaps' colours, half of what a map can reach
     report: dict[str, Any] = dict(classes={}, mean={}, records=[], errors=[]) | dict(skip)
 
     def sample(record: Record) -> tuple[str, int | None, Tensor, Tensor, Tensor | None] | None:
@@ -302,7 +303,7 @@ def evaluate(
 
     for cls in sorted({record.cls for record in records} - report["classes"].keys()):
         mine, rows, errors = [record for record in records if record.cls == cls][rank::world], [], []
-        pixels = PixelHistogram(-reach, reach, device="cpu" if device.type == "mps" else device)
+        pixels = PixelHistogram(-2 * high, 2 * high, device="cpu" if device.type == "mps" else device)
         ready = filter(None, tqdm(ahead(sample, mine, workers), cls, len(mine), disable=rank > 0 or None))
         while batch := list(islice(ready, batch_size)):
             maps, scores = model.infer(torch.stack([small for *_, small, _ in batch]).to(device), sigma)

@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         model = VisualAD.from_backbone(args.backbone, args.backbone_weights)
     model.to(args.device).train()
-    model.threshold = model.display_high = None  # those of the model it began with
+    model.threshold = None  # that of the model it began with
     optimizer = torch.optim.AdamW(param_groups(model, args.lr, args.token_lr), args.lr, weight_decay=0.01)
 
     records = []

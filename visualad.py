@@ -531,7 +531,7 @@ def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, 
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; known: {', '.join(PRETRAINED)}, a path, a repo id")
     data, header = read_tensors(path)
-    config, state = dict(sigma=4.0, threshold=None, display_high=None), flatten(data)
+    config, state = dict(sigma=4.0, threshold=None), flatten(data)
     if "config" in header:
         config |= dict(final_norm="checkpoint") | json.loads(header["config"])
         fields = {key: tuple(x) if isinstance(x, list) else x for key, x in config["backbone"].items()}
@@ -687,11 +687,10 @@ class Prediction(NamedTuple):
 
 class VisualAD(VisualADNet):
     """The detector: `from_pretrained` loads it, `predict` scores images, `calibrate` sets its threshold,
-    `save_pretrained` keeps it; `forward` and `infer` take tensors. A state_dict holds tensors alone: `sigma`,
-    `threshold` and `display_high` are attributes, which save_pretrained, pickle and deepcopy keep."""
+    `save_pretrained` keeps it; `forward` and `infer` take tensors. A state_dict holds tensors alone: `sigma`
+    and `threshold` are attributes, which save_pretrained, pickle and deepcopy keep."""
 
     threshold: dict[str, Any] | None = None  # value, the size and sigma it holds for, how it was made
-    display_high: float | None = None  # the map value at which `overlay` shows its full colour
 
     @classmethod
     def from_backbone(
@@ -727,7 +726,7 @@ class VisualAD(VisualADNet):
             model = cls(config["backbone"], config["layers"], config["anchors"], config["image_size"])
         model.fill(state, backbone_weights, norm, hub).sigma = config["sigma"]
         if norm == "checkpoint":
-            model.threshold, model.display_high = config["threshold"], config["display_high"]
+            model.threshold = config["threshold"]
         model.backbone.to(dtype=dtype)
         return model.to(device or torch.get_default_device()).eval()
 
@@ -780,7 +779,7 @@ class VisualAD(VisualADNet):
         tuned = any(parameter.requires_grad for parameter in self.backbone.parameters())
         hosted = cfg.repo is not None and not tuned
         config = dict(backbone=asdict(cfg if hosted else replace(cfg, repo=None)), layers=self.layers)
-        for name in ("anchors", "image_size", "sigma", "threshold", "display_high"):
+        for name in ("anchors", "image_size", "sigma", "threshold"):
             config[name] = getattr(self, name)
         write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
         state = self.learned() if hosted else self.state_dict()
@@ -902,7 +901,6 @@ def run(args: argparse.Namespace) -> int:
         model.threshold = dict(
             value=args.threshold, size=options["size"], sigma=options["sigma"], made="by hand"
         )
-    high = model.display_high or len(model.layers)  # half of what the map can reach
     images, errors = [], []
 
     def read(path: Path) -> tuple[Path, Tensor | Exception]:
@@ -924,13 +922,13 @@ def run(args: argparse.Namespace) -> int:
                 score, heat, anomalous = next(found)
                 target = args.out / f"{os.path.relpath(path, base)}.png"  # a.jpg -> a.jpg.png: no two collide
                 target.parent.mkdir(parents=True, exist_ok=True)
-                overlay(image, heat, high=high).save(target, compress_level=1)
+                overlay(image, heat, high=len(model.layers)).save(target, compress_level=1)
                 images.append(dict(path=str(path), score=score, anomalous=anomalous, heatmap=str(target)))
                 verdict = {None: "-", True: "ANOMALOUS", False: "normal"}[anomalous]
                 tqdm.write(f"{score:8.4f}  {verdict:9}  {path}", file=sys.stdout)
     finally:  # also when interrupted: what was found is not lost
         if args.json:
-            settings = options | dict(threshold=model.threshold, display_high=high)
+            settings = options | dict(threshold=model.threshold)
             report = dict(model=args.model, settings=settings, images=images, errors=errors)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
     verdicts = [image["anomalous"] for image in images if image["anomalous"] is not None]

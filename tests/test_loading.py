@@ -177,11 +177,11 @@ def test_what_was_trained_a_step_is_saved_and_comes_back_bit_for_bit(family, tmp
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-3)
     model(images).score.sum().backward()
     optimizer.step()
-    model.threshold, model.display_high = dict(value=0.1, size=[56, 56], sigma=4.0, made="x"), 0.7
+    model.threshold = dict(value=0.1, size=[56, 56], sigma=4.0, made="x")
     model.save_pretrained(tmp_path)
     loaded = VisualAD.from_pretrained(tmp_path)
     assert same(model, loaded) and loaded.backbone.cfg == model.backbone.cfg and not loaded.training
-    assert (loaded.threshold, loaded.display_high) == (model.threshold, model.display_high)
+    assert loaded.threshold == model.threshold
     for a, b in zip(model.infer(images), loaded.infer(images), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(loaded.infer(images)[1], before)
@@ -189,7 +189,7 @@ def test_what_was_trained_a_step_is_saved_and_comes_back_bit_for_bit(family, tmp
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.infer(images)[1], loaded.infer(images)[1])  # sigma is the backbone's
     plain = VisualAD.from_pretrained(tmp_path, final_norm="backbone")
-    assert plain.threshold is plain.display_high is None  # they were for other scores
+    assert plain.threshold is None  # it was for other scores
     assert torch.equal(plain.norm.weight, model.backbone.norm.weight)
 
 
@@ -227,7 +227,7 @@ def test_the_lone_file_is_complete_and_config_json_a_copy(model, tmp_path):
     assert same(model, VisualAD.from_pretrained(file)) and same(model, VisualAD.from_pretrained(str(file)))
     # What older files lack has a default, and half precision comes back in fp32.
     config = json.loads(header["config"])
-    config = {k: v for k, v in config.items() if k not in ("sigma", "threshold", "display_high")}
+    config = {k: v for k, v in config.items() if k not in ("sigma", "threshold")}
     half = {key: value.half() for key, value in model.state_dict().items()}
     save_file(half, file, {"config": json.dumps(config)})
     loaded = VisualAD.from_pretrained(file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import math
 import sys
 import tempfile
 import time
@@ -137,19 +136,10 @@ def train(images: int, batch: int, lr: float, workers: int, state: Path | None =
     return average.module
 
 
-def decide(model: VisualAD, count: int = 2000, workers: int = 0) -> None:
-    """Threshold and colour scale, from held-out procedural images: at most 5 % of the normal ones are above
-    the threshold, and one in ten of the anomalous ones reaches the full colour."""
-    normal, peaks = [], []
-    for images, masks in DataLoader(Pictures(SELECT, range(count)), 25, num_workers=workers):
-        maps, scores = model.infer(images.to(find_device()))
-        anomalous = masks.flatten(1).any(dim=1)
-        normal += scores.cpu()[~anomalous].tolist()
-        peaks += maps.cpu()[anomalous].amax(dim=(1, 2)).tolist()
-    value = sorted(normal)[math.ceil(0.95 * len(normal)) - 1]
-    made = f"0.95 of {len(normal)} procedural normal images"
-    model.threshold = dict(value=value, size=[model.image_size] * 2, sigma=model.sigma, made=made)
-    model.display_high = max(float(np.quantile(peaks, 0.9)), 0.01)
+def decide(model: VisualAD, count: int = 2000) -> None:
+    """A threshold that at most 5 % of held-out normal pictures are above."""
+    normal = (image for image, mask in Pictures(SELECT, range(count)) if not mask.any())
+    model.calibrate(normal, 0.95, batch_size=25)
 
 
 def write(folder: Path, split: int, count: int) -> None:
@@ -187,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         state = args.out / "tiny.state" if args.resume else None
         model = train(args.images or 200_000, args.batch, args.lr, args.workers, state)
-        decide(model, workers=args.workers)
+        decide(model)
         # The final norm was trained as the backbone's own, which is otherwise unused.
         model.backbone.norm.load_state_dict(model.norm.state_dict())
         with tempfile.TemporaryDirectory() as folder:
