@@ -248,7 +248,9 @@ class SCA(nn.Module):
         q = self.norm_q(self.q(self.anchors))  # [K, D]
         k = self.norm_k(self.k(patches + resample(self.pos, size, "bilinear")))  # [B, N, D]
         attention = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # [B, K, N]
-        attention = F.dropout(attention.repeat(1, 2, 1), self.dropout, drop)  # [B, 2K, N]: each token its own
+        attention = F.dropout(
+            attention.repeat(1, 2, 1), self.dropout, drop
+        )  # [B, 2K, N]: a dropout mask for each token
         # The program makes values of all N patches, then averages; averaging first is the same sum for less.
         u = self.v(attention @ patches).unflatten(1, (2, -1))  # [B, 2, K, D]
         gate = self.gate(tokens).sigmoid()[..., None]  # [B, 2, K, 1]
@@ -274,7 +276,7 @@ class SAF(nn.Module):
 # --- 4. the network --------------------------------------------------------------------------------------
 class Output(NamedTuple):
     map: Tensor  # [B, H, W] in [-2L, 2L], the sum of layer_maps, not smoothed; 0: as close to either token
-    score: Tensor  # [B], mean of the brightest 1 % of the map
+    score: Tensor  # [B], mean of the brightest 1 % of this map
     layer_maps: Tensor  # [B, L, H, W] in [-2, 2]
     tokens: Tensor  # [B, 2, D], anomaly and normal, after the last layer's SCA
 
@@ -296,7 +298,7 @@ class VisualADNet(nn.Module):
         grid, _ = patch_grid((self.image_size, self.image_size), cfg.patch)
         self.sigma = cfg.sigma
         self.backbone = ViT(cfg).requires_grad_(False)
-        self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # in use: trained, or a copy of the backbone's
+        self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # used in place of the backbone's: trained, or its copy
         self.tokens = nn.Parameter(0.1 / math.sqrt(cfg.width) * torch.randn(2, cfg.width))  # anomaly, normal
         self.sca = nn.ModuleDict({str(layer): SCA(cfg.width, anchors, grid) for layer in self.layers})
         self.saf = nn.ModuleDict({str(layer): SAF(cfg.width) for layer in self.layers})
@@ -311,10 +313,10 @@ class VisualADNet(nn.Module):
         h, w = patch_grid(shape[2:], self.backbone.cfg.patch)
         images = (images - self.mean.to(images.device)) / self.std.to(images.device)
         z = self.backbone(images, self.tokens, self.layers, self.norm)
-        maps = []
+        last, maps = z[self.backbone.cfg.depth][:, :2], []  # [B, 2, D], the tokens after the last block
         for layer in self.layers:
             p = z[layer][:, -h * w :]  # [B, N, D]
-            t = self.sca[str(layer)](z[max(z)][:, :2], p, (h, w), drop)  # [B, 2, D], of the last block's
+            t = self.sca[str(layer)](last, p, (h, w), drop)  # [B, 2, D]
             p, u = F.normalize(self.saf[str(layer)](p, drop), dim=-1), F.normalize(t, dim=-1)
             maps.append((p @ (u[:, 0] - u[:, 1])[..., None]).view(-1, h, w))  # cos(p, t_a) - cos(p, t_n)
         return torch.stack(maps, dim=1), t
@@ -333,8 +335,8 @@ class VisualADNet(nn.Module):
         sigma: of the Gaussian, in pixels of the input; None: the model's. Raises ValueError."""
         maps, _ = self.patch_maps(images)
         # Sum and bilinear resampling are linear: upsampling the summed small map gives forward's map.
-        maps = upsample(maps.float().sum(dim=1, keepdim=True), images.shape[-2:])[:, 0]
-        fused = smooth(maps, self.sigma if sigma is None else sigma)
+        fused = upsample(maps.float().sum(dim=1, keepdim=True), images.shape[-2:])[:, 0]
+        fused = smooth(fused, self.sigma if sigma is None else sigma)
         return fused, image_score(fused)
 
 
