@@ -248,9 +248,7 @@ class SCA(nn.Module):
         q = self.norm_q(self.q(self.anchors))  # [K, D]
         k = self.norm_k(self.k(patches + resample(self.pos, size, "bilinear")))  # [B, N, D]
         attention = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # [B, K, N]
-        attention = F.dropout(
-            attention.repeat(1, 2, 1), self.dropout, drop
-        )  # [B, 2K, N]: a dropout mask for each token
+        attention = F.dropout(attention.repeat(1, 2, 1), self.dropout, drop)  # [B, 2K, N]: a mask per token
         # The program makes values of all N patches, then averages; averaging first is the same sum for less.
         u = self.v(attention @ patches).unflatten(1, (2, -1))  # [B, 2, K, D]
         gate = self.gate(tokens).sigmoid()[..., None]  # [B, 2, K, 1]
@@ -298,7 +296,7 @@ class VisualADNet(nn.Module):
         grid, _ = patch_grid((self.image_size, self.image_size), cfg.patch)
         self.sigma = cfg.sigma
         self.backbone = ViT(cfg).requires_grad_(False)
-        self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # used in place of the backbone's: trained, or its copy
+        self.norm = nn.LayerNorm(cfg.width, cfg.eps)  # used for the backbone's own: trained, or a copy
         self.tokens = nn.Parameter(0.1 / math.sqrt(cfg.width) * torch.randn(2, cfg.width))  # anomaly, normal
         self.sca = nn.ModuleDict({str(layer): SCA(cfg.width, anchors, grid) for layer in self.layers})
         self.saf = nn.ModuleDict({str(layer): SAF(cfg.width) for layer in self.layers})
