@@ -114,6 +114,8 @@ def read_dataset(root: str | os.PathLike, dataset: str = "auto") -> tuple[str, l
     """The layout's name, and the test images sorted by class and path. dataset: a name in DATASETS or "auto".
     Raises ValueError where none fits, or where files are missing or do not pair up, and names them."""
     root = Path(os.path.abspath(root))
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder")
     signs = {name: sign for name, (sign, _) in DATASETS.items() if dataset in ("auto", name)}
     name = next((name for name in signs if below(root, signs[name])), "")
     try:
@@ -124,7 +126,8 @@ def read_dataset(root: str | os.PathLike, dataset: str = "auto") -> tuple[str, l
     faults += [f"{x.path} has no mask" for x in records if x.masked and x.label != 0 and not x.masks]
     if faults or not records:
         what = "\n  ".join([f"{len(faults)} files are missing or do not pair up:", *faults[:9]])
-        raise ValueError(what if records else f"no test images in {root}; looked for {signs}")
+        looked = ", ".join(dict.fromkeys(signs.values()))
+        raise ValueError(what if records else f"no test images in {root}; looked for {looked}")
     return name, records
 
 
@@ -370,12 +373,13 @@ def load_data(args: argparse.Namespace) -> tuple[str, list[Record]]:
         rows = [record for record in found if record.cls == cls]
         n = len(rows) if args.limit is None else min(args.limit, len(rows))
         if n < 1:
-            raise ValueError(f"no images of {cls} with --limit {args.limit}; classes: {', '.join(classes)}")
+            known = ", ".join(classes)
+            raise ValueError(f"--classes and --limit leave no image of {cls}; classes: {known}")
         records += [rows[(2 * i + 1) * len(rows) // (2 * n)] for i in range(n)]
     if ranks()[0] == 0:
-        labels = [record.label for record in records]
+        normal, bad, unknown = ([record.label for record in records].count(x) for x in (0, 1, None))
         print(f"{args.data}: layout {dataset}")
-        print(f"{len(labels)} images: {labels.count(0)} normal, {labels.count(1)} anomalous", flush=True)
+        print(f"{len(records)} images: {normal} normal, {bad} anomalous, {unknown} unlabelled", flush=True)
     return dataset, records
 
 
@@ -418,8 +422,9 @@ def run(args: argparse.Namespace) -> int:
     names = vars(args).keys() - {"workers", "device", "json", "resume", "heatmaps"}
     settings = {name: getattr(args, name) for name in sorted(names)} | options | dict(dataset=dataset)
     old = json.loads(args.json.read_text()) if args.resume and args.json and args.json.is_file() else {}
-    if old and json.dumps(old["settings"]) != json.dumps(settings, default=str):
-        raise ValueError(f"{args.json} was made with other settings: {old['settings']}, now {settings}")
+    now = json.loads(json.dumps(settings, default=str))
+    if other := [name for name in now if old and old["settings"].get(name) != now[name]]:
+        raise ValueError(f"{args.json} was made with another {', '.join(other)}")
     report = evaluate(model, records, **options, workers=args.workers, native=args.native, pro=args.pro,
                       root=args.data, keep=args.json, heatmaps=args.heatmaps,
                       skip=dict(settings=settings) | old)  # fmt: skip

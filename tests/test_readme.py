@@ -104,7 +104,8 @@ def test_what_is_mentioned_exists(clone):
 
 
 def test_the_commands_for_ones_own_product_run_on_photos(clone):
-    shutil.copytree(clone / "examples" / "normal", clone / "my_photos")
+    for name in ("my_photos", "new_photos", "good_photos"):
+        shutil.copytree(clone / "examples" / "normal", clone / name)
     block = next(b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "my_photos" in b)
     for line in block.splitlines():
         run([sys.executable, *line.split()[1:]], clone)
