@@ -375,8 +375,7 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:  # [B, H, W] -> [B, H, W]
 
 # --- 6. weights ------------------------------------------------------------------------------------------
 torch.utils._pytree._register_namedtuple(Output, serialized_type_name="visualad.Output")  # torch.export.save
-OFFICIAL = "https://media.githubusercontent.com/media/7HHHHH/VisualAD"
-COMMIT = "8479132d641456345019aed1c8bb6b2d11941068"
+HOST = "https://media.githubusercontent.com/media/7HHHHH/VisualAD/8479132d641456345019aed1c8bb6b2d11941068"
 PRETRAINED = {  # name -> sha256 of the authors' checkpoint; None: bundled with this file
     "tiny": None,
     "clip-vit-l14-336-visa": "fed8ed5e0973e9adb53a2c91e066eb5ba3f9a42fbf80f115a26998629d1f0a5b",
@@ -500,43 +499,39 @@ def read_fields(weights: Weights) -> dict[str, Any]:
     return fields | (GATED if len(state["blocks.0.fc1.weight"]) == 2 * hidden else {})
 
 
-def download(source: str, file: str, hub: Mapping[str, Any]) -> Path:
-    """A file of a Hugging Face repo, or the authors' checkpoint of that name. Raises FileNotFoundError."""
+def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
+    """What `read_tensors` takes, of a name in `PRETRAINED`, a Hugging Face repo that holds `file`, or a path.
+    Raises FileNotFoundError."""
+    path, bundled = Path(source), "weights/tiny.safetensors"
+    if source == "tiny":  # beside this file in a clone, or where pip puts it
+        path = next(Path(__file__).parent.glob(f"*{bundled}"), Path(bundled))
     try:
-        if not (sha256 := PRETRAINED.get(source)):
-            return Path(huggingface_hub.hf_hub_download(source, file, **hub))
-        folder = Path(hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints")
-        path = folder / f"visualad-{source}-{sha256}.pth"
-        if not path.exists() and hub.get("local_files_only"):
-            raise FileNotFoundError(f"{path} is not there")
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            url = f"{OFFICIAL}/{COMMIT}/weight/train_on_{source.rpartition('-')[2]}/{file}"
-            torch.hub.download_url_to_file(url, path, sha256)
-        return path
+        if sha256 := PRETRAINED.get(source):
+            folder = hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints"
+            name = f"visualad-{source}-{sha256}.pth"  # torch.hub takes the checksum from it
+            if hub.get("local_files_only") and not Path(folder, name).exists():
+                raise FileNotFoundError(f"it is not in {folder}")
+            url = f"{HOST}/weight/train_on_{source.rpartition('-')[2]}/CLIP.pth"
+            safe = dict(check_hash=True, weights_only=True)
+            return torch.hub.load_state_dict_from_url(url, folder, "cpu", file_name=name, **safe)
+        if source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
+            return huggingface_hub.hf_hub_download(source, file, **hub)
     except (OSError, RuntimeError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"could not get {file} of {source}: {cause}; give a local path") from error
+        cause = " ".join(str(error).split())
+        raise FileNotFoundError(f"could not get {source}: {cause}; give a local path") from error
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; known: {', '.join(PRETRAINED)}, a path, a repo id")
+    return path
 
 
 def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, Any]) -> tuple[dict, dict]:
     """Config and tensors behind whatever `from_pretrained` takes. Raises ValueError, FileNotFoundError."""
-    path = Path(source)
-    if source == "tiny":  # beside this file in a clone, or where pip puts it
-        path = next(Path(__file__).parent.glob("*weights/tiny.safetensors"), Path("weights/tiny.safetensors"))
-    elif source in PRETRAINED:
-        path = download(source, "CLIP.pth", hub)
-    elif source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
-        path = download(source, "model.safetensors", hub)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; known: {', '.join(PRETRAINED)}, a path, a repo id")
-    data, header = read_tensors(path)
-    config, state = dict(sigma=4.0, threshold=None), flatten(data)
+    data, header = read_tensors(locate(source, "model.safetensors", hub))
+    state = flatten(data)
     if "config" in header:
-        config |= dict(final_norm="checkpoint") | json.loads(header["config"])
+        config = dict(final_norm="checkpoint") | json.loads(header["config"])
         fields = {key: tuple(x) if isinstance(x, list) else x for key, x in config["backbone"].items()}
-        config["backbone"] = Backbone(**{"sigma": config["sigma"]} | fields)
-        return config, state
+        return config | dict(backbone=Backbone(**{"sigma": config["sigma"]} | fields)), state
     if "features_list" not in data:
         raise ValueError(f"{source} is no VisualAD model; a backbone alone goes in as backbone_weights")
     name = "clip-" + data["backbone"].lower().replace("/", "").replace("@", "-").removesuffix("px")
@@ -549,8 +544,9 @@ def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, 
     grid = data["image_size"] // cfg.patch  # their convolution too leaves out what makes no patch
     for key in [key for key in state if key.endswith(".pos")]:  # a flat table: training used the first rows
         state[key] = state[key].flatten(0, -2)[: grid**2].unflatten(0, (grid, grid))
-    config |= dict(backbone=cfg, layers=data["features_list"], image_size=grid * cfg.patch)
-    return config | dict(anchors=data["cross_attn_config"]["num_anchors"], final_norm="backbone"), state
+    config = dict(backbone=cfg, layers=data["features_list"], image_size=grid * cfg.patch, sigma=cfg.sigma)
+    config |= dict(anchors=data["cross_attn_config"]["num_anchors"], threshold=None, final_norm="backbone")
+    return config, state
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -740,12 +736,11 @@ class VisualAD(VisualADNet):
             raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
         if any(key.startswith("backbone.") for key in state):
             weights = state
-        elif weights is None and cfg == BACKBONES["tiny"]:
-            weights = read_model("tiny", None, hub)[1]
-        elif weights is None and cfg.repo is None:
-            raise ValueError("this backbone is hosted nowhere: pass backbone_weights=PATH")
         elif weights is None:
-            weights = download(cfg.repo, cfg.file, {**hub, "revision": None})
+            source = "tiny" if cfg == BACKBONES["tiny"] else cfg.repo
+            if source is None:
+                raise ValueError("this backbone is hosted nowhere: pass backbone_weights=PATH")
+            weights = locate(source, cfg.file, {**hub, "revision": None})
         for name, told in read_json(weights).items():
             if getattr(cfg, name) not in (told, "swiglu"):
                 here = f"{name} is {told}, here {getattr(cfg, name)}"
