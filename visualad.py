@@ -477,7 +477,6 @@ def read_json(weights: Weights) -> dict[str, Any]:
     told = dict(activation=vision.get("hidden_act"), heads=vision.get("num_attention_heads"))
     if clip:  # of open_clip, whose weights are of plain GELU unless it says otherwise
         told["activation"] = "quick_gelu" if clip.get("quick_gelu") else "gelu"
-        told["heads"] = clip["vision_cfg"]["width"] // clip["vision_cfg"].get("head_width", 64)
     told |= {name: found.get(f"image_{name}", pixels.get(name)) for name in ("mean", "std")}
     return {name: tuple(x) if isinstance(x, list) else x for name, x in told.items() if x}
 
@@ -773,14 +772,14 @@ class VisualAD(VisualADNet):
             write_atomic(folder / "README.md", text.encode())
         tuned = any(parameter.requires_grad for parameter in self.backbone.parameters())
         hosted = cfg.repo is not None and not tuned
-        config = dict(backbone=asdict(cfg if hosted else replace(cfg, repo=None)), layers=self.layers)
-        for name in ("anchors", "image_size", "sigma", "threshold"):
-            config[name] = getattr(self, name)
-        write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
+        names = ("layers", "anchors", "image_size", "sigma", "threshold")
+        config = {name: getattr(self, name) for name in names}
+        config["backbone"] = asdict(cfg if hosted else replace(cfg, repo=None))
+        text = json.dumps(config, indent=2)
+        write_atomic(folder / "config.json", text.encode())
         state = self.learned() if hosted else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
-        header = {"format": "pt", "config": json.dumps(config)}
-        write_atomic(folder / "model.safetensors", save(state, header))
+        write_atomic(folder / "model.safetensors", save(state, {"format": "pt", "config": text}))
 
     def push_to_hub(self, repo_id: str, *, notes: str = "", private: bool = False, **upload: Any) -> str:
         """Uploads what `save_pretrained` writes and returns the commit's address. upload: a token, arguments
@@ -816,8 +815,7 @@ class VisualAD(VisualADNet):
 
         # Threads read files alone: whoever yields arrays may use their memory again for the next one.
         items = (x if isinstance(x, (str, os.PathLike)) else prepare(x) for x in each(images))
-        depth = 2 * batch_size if batch_size > 1 else 0
-        ready = ahead(lambda item: item if isinstance(item, tuple) else prepare(item), items, depth)
+        ready = ahead(lambda x: x if isinstance(x, tuple) else prepare(x), items, 2 * (batch_size - 1))
         while batch := list(islice(ready, batch_size)):
             maps, scores = self.infer(torch.stack([x for x, _ in batch]).to(self.tokens.device), sigma)
             if not scores.isfinite().all():
@@ -843,15 +841,14 @@ class VisualAD(VisualADNet):
         n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. options: of `predict`."""
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
-        scores = sorted(prediction.score for prediction in self.predict_iter(normal_images, **options))
+        scores = [prediction.score for prediction in self.predict_iter(normal_images, **options)]
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
-        place = max(math.ceil(quantile * len(scores) - 1e-9), 1)  # 0.07 * 100 is a little more than 7
-        value = scores[place - 1] + 1e-5  # an image in another batch has other last digits
+        # 0.07 * 100 is a little more than 7; and an image in another batch has other last digits.
+        value = float(np.quantile(scores, quantile - 1e-12, method="inverted_cdf")) + 1e-5
         size, sigma = self.input_size(options.get("size")), options.get("sigma")
-        made = f"{quantile:g} of {len(scores)} normal images"
-        sigma = float(self.sigma if sigma is None else sigma)
-        self.threshold = dict(value=value, size=[*size], sigma=sigma, made=made)
+        sigma, made = self.sigma if sigma is None else sigma, f"{quantile:g} of {len(scores)} normal images"
+        self.threshold = dict(value=value, size=[*size], sigma=float(sigma), made=made)
         return value
 
 
@@ -893,28 +890,24 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate:
         model.calibrate(images_below(args.calibrate, args.out), **options)
     if args.threshold is not None:
-        model.threshold = dict(
-            value=args.threshold, size=options["size"], sigma=options["sigma"], made="by hand"
-        )
-    images, errors = [], []
+        size, sigma = options["size"], options["sigma"]
+        model.threshold = dict(value=args.threshold, size=size, sigma=sigma, made="by hand")
+    images, failed = [], {}
 
-    def read(path: Path) -> tuple[Path, Tensor | Exception]:
+    def read(path: Path) -> tuple[Path, Tensor] | None:
         try:
             return path, to_tensor(path)
         except (ValueError, OSError) as error:
-            return path, error
+            failed[path] = str(error)
+            tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {error}", file=sys.stderr)
 
     print(f"{'score':>8}  {'verdict':9}  image")
-    ready = iter(tqdm(ahead(read, files, 2 * args.batch_size), total=len(files), disable=None, leave=False))
+    bar = tqdm(ahead(read, files, 2 * args.batch_size), total=len(files), disable=None, leave=False)
+    ready = filter(None, bar)
     try:
         while chunk := list(islice(ready, args.batch_size)):
-            found = model.predict_iter((x for _, x in chunk if isinstance(x, Tensor)), **options)
-            for path, image in chunk:
-                if isinstance(image, Exception):
-                    errors.append(dict(path=str(path), error=str(image)))
-                    tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {image}", file=sys.stderr)
-                    continue
-                score, heat, anomalous = next(found)
+            found = model.predict_iter((image for _, image in chunk), **options)
+            for (path, image), (score, heat, anomalous) in zip(chunk, found, strict=True):
                 target = args.out / f"{os.path.relpath(path, base)}.png"  # a.jpg -> a.jpg.png: no two collide
                 target.parent.mkdir(parents=True, exist_ok=True)
                 overlay(image, heat, high=len(model.layers)).save(target, compress_level=1)
@@ -924,12 +917,13 @@ def run(args: argparse.Namespace) -> int:
     finally:  # also when interrupted: what was found is not lost
         if args.json:
             settings = options | dict(threshold=model.threshold)
+            errors = [dict(path=str(path), error=failed[path]) for path in files if path in failed]
             report = dict(model=args.model, settings=settings, images=images, errors=errors)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
     verdicts = [image["anomalous"] for image in images if image["anomalous"] is not None]
     told = f"{sum(verdicts)} anomalous" if verdicts else "no threshold for this size and sigma"
-    print(f"{len(images)} images, {told}, {len(errors)} unreadable; heatmaps in {args.out}")
-    return 1 if errors else 0
+    print(f"{len(images)} images, {told}, {len(failed)} unreadable; heatmaps in {args.out}")
+    return 1 if failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
