@@ -404,20 +404,21 @@ SPELLINGS = [
 ]  # fmt: skip
 
 
-def read_tensors(weights: Weights) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """Tensors and header of a .safetensors file, a pickle of plain tensors, the shards of an index, or a
-    folder that holds one of these, as on Hugging Face; a state dict is taken as it is."""
+def read_tensors(weights: Weights) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Tensors, fp32, of a state dict, a .safetensors file, a pickle of plain data, the shards of an index, or
+    a folder that holds one of these, as on Hugging Face; and its header, or all of the authors' file."""
     if isinstance(weights, Mapping):
-        return weights, {}
+        return flatten(weights), weights
     names = "model.safetensors model.safetensors.index.json open_clip_model.safetensors pytorch_model.bin"
     path = next((file for name in names.split() if (file := Path(weights, name)).is_file()), Path(weights))
     if path.suffix == ".json":
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {key: x for name in shards for key, x in read_tensors(path.with_name(name))[0].items()}, {}
     if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        return flatten(data), data if "features_list" in data else {}
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        return flatten({key: file.get_tensor(key) for key in file.keys()}), file.metadata() or {}
 
 
 def flatten(state: Any, name: str = "") -> dict[str, Tensor]:
@@ -433,7 +434,7 @@ def backbone_state(weights: Weights) -> dict[str, Tensor]:
     """A backbone's file, folder or state dict of any known family -> its tensors, fp32, under ViT's names.
     Raises ValueError where it is not just one, whole."""
     what = "the state dict" if isinstance(weights, Mapping) else str(weights)
-    found = flatten(read_tensors(weights)[0])
+    found, _ = read_tensors(weights)
     starts = {key[: match.start(1)] for key in found if (match := re.search(rf"(?:^|\.)({CLS})$", key))}
     if len(starts) != 1:
         seen = f"several, after {sorted(starts)}" if starts else f"{', '.join([*found][:3])}, ..."
@@ -525,14 +526,13 @@ def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
 
 def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, Any]) -> tuple[dict, dict]:
     """Config and tensors behind whatever `from_pretrained` takes. Raises ValueError, FileNotFoundError."""
-    data, header = read_tensors(locate(source, "model.safetensors", hub))
-    state = flatten(data)
-    if "config" in header:
-        config = dict(final_norm="checkpoint") | json.loads(header["config"])
+    state, data = read_tensors(locate(source, "model.safetensors", hub))
+    if "features_list" not in data and "config" not in data:
+        raise ValueError(f"{source} is no VisualAD model; a backbone alone goes in as backbone_weights")
+    if "config" in data:
+        config = dict(final_norm="checkpoint") | json.loads(data["config"])
         fields = {key: tuple(x) if isinstance(x, list) else x for key, x in config["backbone"].items()}
         return config | dict(backbone=Backbone(**{"sigma": config["sigma"]} | fields)), state
-    if "features_list" not in data:
-        raise ValueError(f"{source} is no VisualAD model; a backbone alone goes in as backbone_weights")
     name = "clip-" + data["backbone"].lower().replace("/", "").replace("@", "-").removesuffix("px")
     if name not in BACKBONES and backbone_weights is None:
         raise ValueError(f"{source} is for {data['backbone']!r}, not listed here: pass backbone_weights=PATH")
@@ -613,15 +613,12 @@ def to_tensor(image: Any) -> Tensor:
         image = ImageOps.exif_transpose(image)
         image = np.array(image, dtype=np.uint16) if wide else np.array(image.convert("RGB"))
     got = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', ()))}"
-    if isinstance(image, np.ndarray):
-        if image.dtype.kind == "u" and image.itemsize == 2:  # in either byte order
-            image = image.astype(np.float32) / 65535
-        if image.ndim == 2 or image.shape[2:] == (1,):
-            image = np.dstack([image] * 3)
-        if image.ndim == 3 and (image.dtype == np.uint8 or image.dtype.kind == "f"):
-            # A copy: the caller's array may be read-only, reversed or in another byte order.
-            image = np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32)
-            image = torch.from_numpy(image).movedim(-1, 0)
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "uf":
+        # A copy: the caller's array may be read-only, reversed or in another byte order.
+        image = np.atleast_3d(image).astype(image.dtype.newbyteorder("="), order="C")
+        image = torch.from_numpy(image).movedim(-1, 0)
+        image = image.repeat(3, 1, 1) if len(image) == 1 else image
+        image = image.float() / 65535 if image.dtype == torch.uint16 else image
     sound = isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
     if not sound or not (image.dtype == torch.uint8 or image.is_floating_point()):
         wanted = "a file, a PIL image, an array [H, W, 3] or [H, W] or a tensor [3, H, W]"
@@ -653,8 +650,7 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> I
             waiting.append(pool.submit(function, item))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def overlay(image: Any, map: np.ndarray | Tensor, *, low: float = 0.0, high: float) -> Any:
@@ -725,9 +721,7 @@ class VisualAD(VisualADNet):
         model.backbone.to(dtype=dtype)
         return model.to(device or torch.get_default_device()).eval()
 
-    def fill(
-        self, state: Mapping[str, Tensor], weights: Weights | None, norm: str, hub: Mapping[str, Any]
-    ) -> VisualAD:
+    def fill(self, state: Mapping, weights: Weights | None, norm: str, hub: Mapping) -> VisualAD:
         """Loads what was learned from `state`, the backbone from there, its weights or where it is hosted.
         norm: "backbone" or "checkpoint", as of `from_pretrained`. Raises ValueError, FileNotFoundError."""
         cfg = self.backbone.cfg
@@ -770,8 +764,7 @@ class VisualAD(VisualADNet):
             text += "Zero-shot anomaly detection (arXiv:2603.07952). Score, map and verdict of an image:\n"
             text += f'`VisualAD.from_pretrained("{repo_id or folder}").predict("photo.jpg")`\n\n{notes}\n'
             write_atomic(folder / "README.md", text.encode())
-        tuned = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        hosted = cfg.repo is not None and not tuned
+        hosted = cfg.repo is not None and not any(x.requires_grad for x in self.backbone.parameters())
         names = ("layers", "anchors", "image_size", "sigma", "threshold")
         config = {name: getattr(self, name) for name in names}
         config["backbone"] = asdict(cfg if hosted else replace(cfg, repo=None))
