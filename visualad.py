@@ -375,8 +375,7 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:  # [B, H, W] -> [B, H, W]
 
 # --- 6. weights ------------------------------------------------------------------------------------------
 torch.utils._pytree._register_namedtuple(Output, serialized_type_name="visualad.Output")  # torch.export.save
-OFFICIAL = "https://media.githubusercontent.com/media/7HHHHH/VisualAD"
-COMMIT = "8479132d641456345019aed1c8bb6b2d11941068"
+HOST = "https://media.githubusercontent.com/media/7HHHHH/VisualAD/8479132d641456345019aed1c8bb6b2d11941068"
 PRETRAINED = {  # name -> sha256 of the authors' checkpoint; None: bundled with this file
     "tiny": None,
     "clip-vit-l14-336-visa": "fed8ed5e0973e9adb53a2c91e066eb5ba3f9a42fbf80f115a26998629d1f0a5b",
@@ -405,20 +404,21 @@ SPELLINGS = [
 ]  # fmt: skip
 
 
-def read_tensors(weights: Weights) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """Tensors and header of a .safetensors file, a pickle of plain tensors, the shards of an index, or a
-    folder that holds one of these, as on Hugging Face; a state dict is taken as it is."""
+def read_tensors(weights: Weights) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Tensors, fp32, of a state dict, a .safetensors file, a pickle of plain data, the shards of an index, or
+    a folder that holds one of these, as on Hugging Face; and its header, or all of the authors' file."""
     if isinstance(weights, Mapping):
-        return weights, {}
+        return flatten(weights), weights
     names = "model.safetensors model.safetensors.index.json open_clip_model.safetensors pytorch_model.bin"
     path = next((file for name in names.split() if (file := Path(weights, name)).is_file()), Path(weights))
     if path.suffix == ".json":
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {key: x for name in shards for key, x in read_tensors(path.with_name(name))[0].items()}, {}
     if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        return flatten(data), data if "features_list" in data else {}
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        return flatten({key: file.get_tensor(key) for key in file.keys()}), file.metadata() or {}
 
 
 def flatten(state: Any, name: str = "") -> dict[str, Tensor]:
@@ -434,7 +434,7 @@ def backbone_state(weights: Weights) -> dict[str, Tensor]:
     """A backbone's file, folder or state dict of any known family -> its tensors, fp32, under ViT's names.
     Raises ValueError where it is not just one, whole."""
     what = "the state dict" if isinstance(weights, Mapping) else str(weights)
-    found = flatten(read_tensors(weights)[0])
+    found, _ = read_tensors(weights)
     starts = {key[: match.start(1)] for key in found if (match := re.search(rf"(?:^|\.)({CLS})$", key))}
     if len(starts) != 1:
         seen = f"several, after {sorted(starts)}" if starts else f"{', '.join([*found][:3])}, ..."
@@ -478,7 +478,6 @@ def read_json(weights: Weights) -> dict[str, Any]:
     told = dict(activation=vision.get("hidden_act"), heads=vision.get("num_attention_heads"))
     if clip:  # of open_clip, whose weights are of plain GELU unless it says otherwise
         told["activation"] = "quick_gelu" if clip.get("quick_gelu") else "gelu"
-        told["heads"] = clip["vision_cfg"]["width"] // clip["vision_cfg"].get("head_width", 64)
     told |= {name: found.get(f"image_{name}", pixels.get(name)) for name in ("mean", "std")}
     return {name: tuple(x) if isinstance(x, list) else x for name, x in told.items() if x}
 
@@ -500,45 +499,40 @@ def read_fields(weights: Weights) -> dict[str, Any]:
     return fields | (GATED if len(state["blocks.0.fc1.weight"]) == 2 * hidden else {})
 
 
-def download(source: str, file: str, hub: Mapping[str, Any]) -> Path:
-    """A file of a Hugging Face repo, or the authors' checkpoint of that name. Raises FileNotFoundError."""
+def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
+    """What `read_tensors` takes, of a name in `PRETRAINED`, a Hugging Face repo that holds `file`, or a path.
+    Raises FileNotFoundError."""
+    path, bundled = Path(source), "weights/tiny.safetensors"
+    if source == "tiny":  # beside this file in a clone, or where pip puts it
+        path = next(Path(__file__).parent.glob(f"*{bundled}"), Path(bundled))
     try:
-        if not (sha256 := PRETRAINED.get(source)):
-            return Path(huggingface_hub.hf_hub_download(source, file, **hub))
-        folder = Path(hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints")
-        path = folder / f"visualad-{source}-{sha256}.pth"
-        if not path.exists() and hub.get("local_files_only"):
-            raise FileNotFoundError(f"{path} is not there")
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            url = f"{OFFICIAL}/{COMMIT}/weight/train_on_{source.rpartition('-')[2]}/{file}"
-            torch.hub.download_url_to_file(url, path, sha256)
-        return path
+        if sha256 := PRETRAINED.get(source):
+            folder = hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints"
+            name = f"visualad-{source}-{sha256}.pth"  # torch.hub takes the checksum from it
+            if hub.get("local_files_only") and not Path(folder, name).exists():
+                raise FileNotFoundError(f"it is not in {folder}")
+            url = f"{HOST}/weight/train_on_{source.rpartition('-')[2]}/CLIP.pth"
+            safe = dict(check_hash=True, weights_only=True)
+            return torch.hub.load_state_dict_from_url(url, folder, "cpu", file_name=name, **safe)
+        if source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
+            return huggingface_hub.hf_hub_download(source, file, **hub)
     except (OSError, RuntimeError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"could not get {file} of {source}: {cause}; give a local path") from error
+        cause = " ".join(str(error).split())
+        raise FileNotFoundError(f"could not get {source}: {cause}; give a local path") from error
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; known: {', '.join(PRETRAINED)}, a path, a repo id")
+    return path
 
 
 def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, Any]) -> tuple[dict, dict]:
     """Config and tensors behind whatever `from_pretrained` takes. Raises ValueError, FileNotFoundError."""
-    path = Path(source)
-    if source == "tiny":  # beside this file in a clone, or where pip puts it
-        path = next(Path(__file__).parent.glob("*weights/tiny.safetensors"), Path("weights/tiny.safetensors"))
-    elif source in PRETRAINED:
-        path = download(source, "CLIP.pth", hub)
-    elif source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
-        path = download(source, "model.safetensors", hub)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; known: {', '.join(PRETRAINED)}, a path, a repo id")
-    data, header = read_tensors(path)
-    config, state = dict(sigma=4.0, threshold=None), flatten(data)
-    if "config" in header:
-        config |= dict(final_norm="checkpoint") | json.loads(header["config"])
-        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in config["backbone"].items()}
-        config["backbone"] = Backbone(**{"sigma": config["sigma"]} | fields)
-        return config, state
-    if "features_list" not in data:
+    state, data = read_tensors(locate(source, "model.safetensors", hub))
+    if "features_list" not in data and "config" not in data:
         raise ValueError(f"{source} is no VisualAD model; a backbone alone goes in as backbone_weights")
+    if "config" in data:
+        config = dict(final_norm="checkpoint") | json.loads(data["config"])
+        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in config["backbone"].items()}
+        return config | dict(backbone=Backbone(**{"sigma": config["sigma"]} | fields)), state
     name = "clip-" + data["backbone"].lower().replace("/", "").replace("@", "-").removesuffix("px")
     if name not in BACKBONES and backbone_weights is None:
         raise ValueError(f"{source} is for {data['backbone']!r}, not listed here: pass backbone_weights=PATH")
@@ -549,8 +543,9 @@ def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, 
     grid = data["image_size"] // cfg.patch  # their convolution too leaves out what makes no patch
     for key in [key for key in state if key.endswith(".pos")]:  # a flat table: training used the first rows
         state[key] = state[key].flatten(0, -2)[: grid**2].unflatten(0, (grid, grid))
-    config |= dict(backbone=cfg, layers=data["features_list"], image_size=grid * cfg.patch)
-    return config | dict(anchors=data["cross_attn_config"]["num_anchors"], final_norm="backbone"), state
+    config = dict(backbone=cfg, layers=data["features_list"], image_size=grid * cfg.patch, sigma=cfg.sigma)
+    config |= dict(anchors=data["cross_attn_config"]["num_anchors"], threshold=None, final_norm="backbone")
+    return config, state
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -618,15 +613,12 @@ def to_tensor(image: Any) -> Tensor:
         image = ImageOps.exif_transpose(image)
         image = np.array(image, dtype=np.uint16) if wide else np.array(image.convert("RGB"))
     got = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', ()))}"
-    if isinstance(image, np.ndarray):
-        if image.dtype.kind == "u" and image.itemsize == 2:  # in either byte order
-            image = image.astype(np.float32) / 65535
-        if image.ndim == 2 or image.shape[2:] == (1,):
-            image = np.dstack([image] * 3)
-        if image.ndim == 3 and (image.dtype == np.uint8 or image.dtype.kind == "f"):
-            # A copy: the caller's array may be read-only, reversed or in another byte order.
-            image = np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32)
-            image = torch.from_numpy(image).movedim(-1, 0)
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "uf":
+        # A copy: the caller's array may be read-only, reversed or in another byte order.
+        image = np.atleast_3d(image).astype(image.dtype.newbyteorder("="), order="C")
+        image = torch.from_numpy(image).movedim(-1, 0)
+        image = image.repeat(3, 1, 1) if len(image) == 1 else image
+        image = image.float() / 65535 if image.dtype == torch.uint16 else image
     sound = isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
     if not sound or not (image.dtype == torch.uint8 or image.is_floating_point()):
         wanted = "a file, a PIL image, an array [H, W, 3] or [H, W] or a tensor [3, H, W]"
@@ -658,8 +650,7 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> I
             waiting.append(pool.submit(function, item))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def overlay(image: Any, map: np.ndarray | Tensor, *, low: float = 0.0, high: float) -> Any:
@@ -730,9 +721,7 @@ class VisualAD(VisualADNet):
         model.backbone.to(dtype=dtype)
         return model.to(device or torch.get_default_device()).eval()
 
-    def fill(
-        self, state: Mapping[str, Tensor], weights: Weights | None, norm: str, hub: Mapping[str, Any]
-    ) -> VisualAD:
+    def fill(self, state: Mapping, weights: Weights | None, norm: str, hub: Mapping) -> VisualAD:
         """Loads what was learned from `state`, the backbone from there, its weights or where it is hosted.
         norm: "backbone" or "checkpoint", as of `from_pretrained`. Raises ValueError, FileNotFoundError."""
         cfg = self.backbone.cfg
@@ -740,12 +729,11 @@ class VisualAD(VisualADNet):
             raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
         if any(key.startswith("backbone.") for key in state):
             weights = state
-        elif weights is None and cfg == BACKBONES["tiny"]:
-            weights = read_model("tiny", None, hub)[1]
-        elif weights is None and cfg.repo is None:
-            raise ValueError("this backbone is hosted nowhere: pass backbone_weights=PATH")
         elif weights is None:
-            weights = download(cfg.repo, cfg.file, {**hub, "revision": None})
+            source = "tiny" if cfg == BACKBONES["tiny"] else cfg.repo
+            if source is None:
+                raise ValueError("this backbone is hosted nowhere: pass backbone_weights=PATH")
+            weights = locate(source, cfg.file, {**hub, "revision": None})
         for name, told in read_json(weights).items():
             if getattr(cfg, name) not in (told, "swiglu"):
                 here = f"{name} is {told}, here {getattr(cfg, name)}"
@@ -776,16 +764,15 @@ class VisualAD(VisualADNet):
             text += "Zero-shot anomaly detection (arXiv:2603.07952). Score, map and verdict of an image:\n"
             text += f'`VisualAD.from_pretrained("{repo_id or folder}").predict("photo.jpg")`\n\n{notes}\n'
             write_atomic(folder / "README.md", text.encode())
-        tuned = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        hosted = cfg.repo is not None and not tuned
-        config = dict(backbone=asdict(cfg if hosted else replace(cfg, repo=None)), layers=self.layers)
-        for name in ("anchors", "image_size", "sigma", "threshold"):
-            config[name] = getattr(self, name)
-        write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
+        hosted = cfg.repo is not None and not any(x.requires_grad for x in self.backbone.parameters())
+        names = ("layers", "anchors", "image_size", "sigma", "threshold")
+        config = {name: getattr(self, name) for name in names}
+        config["backbone"] = asdict(cfg if hosted else replace(cfg, repo=None))
+        text = json.dumps(config, indent=2)
+        write_atomic(folder / "config.json", text.encode())
         state = self.learned() if hosted else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
-        header = {"format": "pt", "config": json.dumps(config)}
-        write_atomic(folder / "model.safetensors", save(state, header))
+        write_atomic(folder / "model.safetensors", save(state, {"format": "pt", "config": text}))
 
     def push_to_hub(self, repo_id: str, *, notes: str = "", private: bool = False, **upload: Any) -> str:
         """Uploads what `save_pretrained` writes and returns the commit's address. upload: a token, arguments
@@ -821,8 +808,7 @@ class VisualAD(VisualADNet):
 
         # Threads read files alone: whoever yields arrays may use their memory again for the next one.
         items = (x if isinstance(x, (str, os.PathLike)) else prepare(x) for x in each(images))
-        depth = 2 * batch_size if batch_size > 1 else 0
-        ready = ahead(lambda item: item if isinstance(item, tuple) else prepare(item), items, depth)
+        ready = ahead(lambda x: x if isinstance(x, tuple) else prepare(x), items, 2 * (batch_size - 1))
         while batch := list(islice(ready, batch_size)):
             maps, scores = self.infer(torch.stack([x for x, _ in batch]).to(self.tokens.device), sigma)
             if not scores.isfinite().all():
@@ -848,15 +834,14 @@ class VisualAD(VisualADNet):
         n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. options: of `predict`."""
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
-        scores = sorted(prediction.score for prediction in self.predict_iter(normal_images, **options))
+        scores = [prediction.score for prediction in self.predict_iter(normal_images, **options)]
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
-        place = max(math.ceil(quantile * len(scores) - 1e-9), 1)  # 0.07 * 100 is a little more than 7
-        value = scores[place - 1] + 1e-5  # an image in another batch has other last digits
+        # 0.07 * 100 is a little more than 7; and an image in another batch has other last digits.
+        value = float(np.quantile(scores, quantile - 1e-12, method="inverted_cdf")) + 1e-5
         size, sigma = self.input_size(options.get("size")), options.get("sigma")
-        made = f"{quantile:g} of {len(scores)} normal images"
-        sigma = float(self.sigma if sigma is None else sigma)
-        self.threshold = dict(value=value, size=[*size], sigma=sigma, made=made)
+        sigma, made = self.sigma if sigma is None else sigma, f"{quantile:g} of {len(scores)} normal images"
+        self.threshold = dict(value=value, size=[*size], sigma=float(sigma), made=made)
         return value
 
 
@@ -898,28 +883,24 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate:
         model.calibrate(images_below(args.calibrate, args.out), **options)
     if args.threshold is not None:
-        model.threshold = dict(
-            value=args.threshold, size=options["size"], sigma=options["sigma"], made="by hand"
-        )
-    images, errors = [], []
+        size, sigma = options["size"], options["sigma"]
+        model.threshold = dict(value=args.threshold, size=size, sigma=sigma, made="by hand")
+    images, failed = [], {}
 
-    def read(path: Path) -> tuple[Path, Tensor | Exception]:
+    def read(path: Path) -> tuple[Path, Tensor] | None:
         try:
             return path, to_tensor(path)
         except (ValueError, OSError) as error:
-            return path, error
+            failed[path] = str(error)
+            tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {error}", file=sys.stderr)
 
     print(f"{'score':>8}  {'verdict':9}  image")
-    ready = iter(tqdm(ahead(read, files, 2 * args.batch_size), total=len(files), disable=None, leave=False))
+    bar = tqdm(ahead(read, files, 2 * args.batch_size), total=len(files), disable=None, leave=False)
+    ready = filter(None, bar)
     try:
         while chunk := list(islice(ready, args.batch_size)):
-            found = model.predict_iter((x for _, x in chunk if isinstance(x, Tensor)), **options)
-            for path, image in chunk:
-                if isinstance(image, Exception):
-                    errors.append(dict(path=str(path), error=str(image)))
-                    tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {image}", file=sys.stderr)
-                    continue
-                score, heat, anomalous = next(found)
+            found = model.predict_iter((image for _, image in chunk), **options)
+            for (path, image), (score, heat, anomalous) in zip(chunk, found, strict=True):
                 target = args.out / f"{os.path.relpath(path, base)}.png"  # a.jpg -> a.jpg.png: no two collide
                 target.parent.mkdir(parents=True, exist_ok=True)
                 overlay(image, heat, high=len(model.layers)).save(target, compress_level=1)
@@ -929,12 +910,13 @@ def run(args: argparse.Namespace) -> int:
     finally:  # also when interrupted: what was found is not lost
         if args.json:
             settings = options | dict(threshold=model.threshold)
+            errors = [dict(path=str(path), error=failed[path]) for path in files if path in failed]
             report = dict(model=args.model, settings=settings, images=images, errors=errors)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
     verdicts = [image["anomalous"] for image in images if image["anomalous"] is not None]
     told = f"{sum(verdicts)} anomalous" if verdicts else "no threshold for this size and sigma"
-    print(f"{len(images)} images, {told}, {len(errors)} unreadable; heatmaps in {args.out}")
-    return 1 if errors else 0
+    print(f"{len(images)} images, {told}, {len(failed)} unreadable; heatmaps in {args.out}")
+    return 1 if failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
