@@ -31,13 +31,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import huggingface_hub  # its parts are loaded once they are used
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm  # comes with huggingface_hub
@@ -414,11 +415,14 @@ def read_tensors(weights: Weights) -> tuple[dict[str, Tensor], Mapping[str, Any]
     if path.suffix == ".json":
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {key: x for name in shards for key, x in read_tensors(path.with_name(name))[0].items()}, {}
-    if path.suffix != ".safetensors":
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        return flatten(data), data if "features_list" in data else {}
-    with safe_open(path, "pt") as file:
-        return flatten({key: file.get_tensor(key) for key in file.keys()}), file.metadata() or {}
+    try:
+        if path.suffix != ".safetensors":
+            data = torch.load(path, map_location="cpu", weights_only=True)
+            return flatten(data), data if "features_list" in data else {}
+        with safe_open(path, "pt") as file:
+            return flatten({key: file.get_tensor(key) for key in file.keys()}), file.metadata() or {}
+    except (RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as weights: {type(error).__name__}") from error
 
 
 def flatten(state: Any, name: str = "") -> dict[str, Tensor]:
@@ -825,7 +829,7 @@ class VisualAD(VisualADNet):
     def input_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
         """The network's input (H, W) for a side, (H, W) or None. Raises ValueError."""
         size = self.image_size if size is None else size
-        h, w = (size, size) if isinstance(size, int) else size
+        h, w = size if isinstance(size, Sequence) else (size, size)
         patch_grid((h, w), self.backbone.cfg.patch)
         return h, w
 
@@ -846,8 +850,14 @@ class VisualAD(VisualADNet):
 
 
 # --- 9. command line -------------------------------------------------------------------------------------
-def find_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def find_device(name: str = "") -> str:
+    """The device of that name, or the best there is. Raises ArgumentTypeError where it is not to be had."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name or best)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
+    return name or best
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -858,15 +868,13 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, help="of the smoothing, in pixels of the input; default: the model's")
-    add("--device", default=find_device(), help="(%(default)s)")
+    add("--device", type=find_device, default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the backbone")
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
 
 
 def load_model(args: argparse.Namespace) -> tuple[VisualAD, dict[str, Any]]:
     """The model that the flags name, and size, sigma and batch_size for its `predict`. Raises ValueError."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"no CUDA device is available for --device {args.device}")
     options = dict(backbone_weights=args.backbone_weights, final_norm=args.final_norm, device=args.device)
     model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
     size = model.input_size([int(side) for side in (args.size.split("x") * 2)[:2]] if args.size else None)
@@ -914,7 +922,7 @@ def run(args: argparse.Namespace) -> int:
             report = dict(model=args.model, settings=settings, images=images, errors=errors)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
     verdicts = [image["anomalous"] for image in images if image["anomalous"] is not None]
-    told = f"{sum(verdicts)} anomalous" if verdicts else "no threshold for this size and sigma"
+    told = "no threshold for this size and sigma" if images and not verdicts else f"{sum(verdicts)} anomalous"
     print(f"{len(images)} images, {told}, {len(failed)} unreadable; heatmaps in {args.out}")
     return 1 if failed else 0
 
