@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 import visualad
 from visualad import Backbone, VisualAD
@@ -27,6 +31,53 @@ def same(a: VisualAD | dict, b: VisualAD | dict) -> bool:
     """Whether two models, or two state dicts, hold the same tensors bit for bit."""
     a, b = (x.state_dict() if isinstance(x, VisualAD) else x for x in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def python(*arguments: object, folder: Path = ROOT, **env: str) -> str:
+    """What Python prints, which must end well, in a folder, without this repository on the path."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | env
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ranks(n: int, *command: object, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """A program that torchrun started n times."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    options = dict(cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*launch, *map(str, command)], **options)
+
+
+def by_sklearn(truth: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
+    if truth.all() or not truth.any():
+        return dict(auroc=None, f1_max=None, ap=None)
+    precision, recall, _ = precision_recall_curve(truth, values)
+    f1 = np.nan_to_num(2 * precision * recall / np.maximum(precision + recall, 1e-300))
+    ap = average_precision_score(truth, values)
+    return dict(auroc=roc_auc_score(truth, values), f1_max=f1.max(), ap=ap)
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write_mvtec(root: Path, **classes: dict[str, int]) -> Path:
+    """MVTec's layout with so many images of each kind; those that are not good have two bright defects."""
+    rng = np.random.default_rng(0)
+    for cls, counts in classes.items():
+        for kind, i in ((kind, i) for kind, count in counts.items() for i in range(count)):
+            h, w = (int(side) for side in rng.integers(40, 90, 2))
+            pixels, mask = rng.integers(90, 130, (h, w, 3), dtype=np.uint8), np.zeros((h, w), np.uint8)
+            if kind != "good":
+                mask[h // 4 : h // 4 + 10 + i, w // 3 : w // 3 + 12] = 255
+                mask[-6:, -6:] = 255
+                pixels[mask > 0] = 240
+                write(root / cls / "ground_truth" / kind / f"{i:03}_mask.png", mask)
+            write(root / cls / "test" / kind / f"{i:03}.png", pixels)
+    return root
 
 
 def picture(h: int = 90, w: int = 120, seed: int = 0) -> np.ndarray:
@@ -53,10 +104,8 @@ def png16(pixels: np.ndarray) -> bytes:
 def tiff16(pixels: np.ndarray, photometric: int) -> bytes:
     """An uncompressed TIFF of 16 bits a channel; photometric: 0, white is zero; 1, black is zero; 2, RGB."""
     (h, w), n, tags = pixels.shape[:2], pixels[0, 0].size, TiffImagePlugin.ImageFileDirectory_v2()
-    tags.update(
-        {256: w, 257: h, 258: (16,) * n, 259: 1, 262: photometric, 277: n, 278: h, 279: pixels.nbytes}
-    )
-    tags[273] = 0  # the pixels start right behind: Pillow adds where that is
+    tags.update({256: w, 257: h, 258: (16,) * n, 259: 1, 262: photometric, 277: n, 278: h})
+    tags.update({273: 0, 279: pixels.nbytes})  # the pixels start right behind: Pillow adds where that is
     return b"II*\0\x08\0\0\0" + tags.tobytes(8) + pixels.astype("<u2").tobytes()
 
 

@@ -261,13 +261,6 @@ def test_widths_whose_heads_are_not_64_wide_take_the_known_number(family, width,
     assert (found.heads, found.activation) == (heads, "gelu")  # CLIP's of these widths are LAION's
 
 
-def test_a_stem_halves_the_image_where_it_widens():
-    cfg = Backbone(64, 2, 1, 8, 3, stem=(8, *[16] * 4, 24), layer_scale=False)
-    model, image = ViT(cfg), torch.rand(1, 3, 24, 48)
-    assert model.patch_embed.stem(image).shape == (1, 24, 3, 6)
-    assert model(image)[2].shape == (1, 1 + 3 * 6, 64)
-
-
 @pytest.mark.parametrize("size", [(56, 56), (42, 98)])
 def test_dinov3s_widest_has_heads_of_128_and_no_bias_in_attention(tmp_path, size):
     theirs = reference("dinov3", num_attention_heads=1, query_bias=False, value_bias=False)

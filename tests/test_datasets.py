@@ -70,8 +70,7 @@ def rows(root: Path, *args: str) -> tuple[str, list[tuple]]:
 # each file as `put` makes it; of those to be found, the label, and masks as made
 BRAIN = {
     "yes/Y1.jpg": "RGB,1", "yes/Y2.JPG": "L,1", "yes/Y10.png": "P,1", "yes/Y1.jpeg": "L,1",
-    "no/1 no.jpeg": "L,0", "no/N.2.png": "RGBA,0", "no/No3.JPG": "RGB,0", "no/n4.png": "LA,0",
-    "no/n5.png": "I;16,0",
+    "no/1 no.jpeg": "L,0", "no/N.2.png": "RGBA,0", "no/n4.png": "LA,0", "no/n5.png": "I;16,0",
 }  # fmt: skip
 TABLE = """object,split,label,image,mask
 pipe fryum,test,anomaly,pipe fryum/Data/Images/Anomaly/000.JPG,pipe fryum/Data/Masks/Anomaly/000.png
@@ -127,7 +126,6 @@ REPLICAS = {
         "Blotchy_099/train/good/1.png": "RGB", "Blotchy_099/test/good/1.png": "RGB,0",
         "Blotchy_099/test/bad/1.png": "RGB,1,Blotchy_099/ground_truth/bad/1_mask.png=mask L",
         "Woven 1/test/bad/1.png": "RGB,1,Woven 1/ground_truth/bad/1.png=mask L",
-        "Woven 1/test/bad/2.png": "RGB,1,Woven 1/ground_truth/bad/2.png=mask RGBA",
         "Woven 1/test/good/2.png": "RGB,0",
     },
     "btad": {
@@ -208,11 +206,9 @@ def replica(tmp_path: Path, name: str) -> tuple[Path, list[tuple]]:
     root = put(tmp_path / f"the {name} root", made(REPLICAS[name]))
     if name == "visa":
         (root / "split_csv/1cls.csv").write_text("\ufeff" + TABLE, encoding="utf-8")  # as Windows writes it
+    litter = dict.fromkeys(("Thumbs.db", "._x.png", "readme.txt", ".ipynb_checkpoints/a.png"), "x")
     for folder, _, _ in list(os.walk(root)):
-        put(
-            Path(folder),
-            dict.fromkeys(("Thumbs.db", "._x.png", "readme.txt", ".ipynb_checkpoints/a.png"), "x"),
-        )
+        put(Path(folder), litter)
     return root, expected(REPLICAS[name], "" if name in CLASSES else root.name)
 
 
@@ -234,16 +230,6 @@ def test_a_benchmark_is_read_as_it_lies_on_disk(name, tmp_path):
             assert mask is None
 
 
-def test_brainmri_and_cvc_are_found_in_all_their_shapes(tmp_path):
-    assert rows(put(tmp_path / "mri", made(BRAIN))) == ("brainmri", expected(BRAIN, "mri"))
-    for i, cvc in enumerate((flat("Original", "Ground Truth"), REPLICAS["cvc-clinicdb"])):
-        twice = {"TIF/Original/9.tif": "RGB", "TIF/Ground Truth/9.tif": "mask L"}
-        assert rows(put(tmp_path / str(i) / "cvc", made(cvc) | twice)) == (
-            "cvc-clinicdb",
-            expected(cvc, "cvc"),
-        )
-
-
 def test_a_class_folder_and_the_current_folder_are_roots(tmp_path, monkeypatch):
     for name, cls in (("mvtec", "bottle"), ("btad", "03")):
         monkeypatch.chdir(put(tmp_path, made(REPLICAS[name])) / cls)
@@ -253,23 +239,26 @@ def test_a_class_folder_and_the_current_folder_are_roots(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cls", "told"),
-    [("set", {"Images/a.png": "L,1,Masks/a.png=mask L"}), ("set", {"Good/a.png": "L,0", "Dent/b.png": "L,1"}),
-     ("set", {"Test/GOOD/a.png": "L,0", "test/ungood/b.png": "L,1"}),
-     ("", {"class1/test/1.png": "L,1,class1/test/label/1_label.png=mask L"}),
+    ("name", "told"),
+    [("brainmri", BRAIN), ("cvc-clinicdb", flat("Original", "Ground Truth")),
+     ("cvc-clinicdb", REPLICAS["cvc-clinicdb"] | {"TIF/Original/9.tif": "L", "TIF/Ground Truth/9.tif": "L"}),
+     ("cvc-clinicdb", {"Images/a.png": "L,1,Masks/a.png=mask L"}),
+     ("oct17", {"Test/GOOD/a.png": "L,0", "test/ungood/b.png": "L,1"}),
+     ("dagm", {"class1/test/1.png": "L,1,class1/test/label/1_label.png=mask L"}),
      # a class called Class1 does not make it DAGM, nor does a defect called label hide images
-     ("", {"Class1/test/good/1.png": "L,0",
-           "Class1/test/label/2.png": "L,1,Class1/ground_truth/label/2_mask.png=mask L"}),
+     ("mvtec", {"Class1/test/good/1.png": "L,0",
+                "Class1/test/label/2.png": "L,1,Class1/ground_truth/label/2_mask.png=mask L"}),
      # images that lie deeper are not left out; suffixes tell them apart; masks are no anomalous images
-     ("", {"a/test/good/x/1.png": "L,0", "a/test/cut/y/2.png": "L,1,a/ground_truth/cut/y/2.png=mask L"}),
-     ("set", {"good/a.png": "L,0", "good/a.jpg": "L,0", "bad/a.png": "L,1"}),
-     ("set", {"good/a.png": "L,0", "bad/b.png": "L,1,Ground_Truth/bad/b.png=mask L"}),
-     ("set", {"b.png": "RGB,", "a.JPG": "L,", "c.webp": "RGB,", "../o.png": "L", "d.png": "-> ../o.png,"}),
-     *(("set", {f"{good}/b.JPG": "L,0", "dent/c.tif": "I;16,1", "a b/d.png": "RGBA,1"})
-       for good in ("good", "normal", "ok", "no"))],
+     ("mvtec", {"a/test/good/x/1.png": "L,0", "a/test/cut/y/2.png": "L,1,a/ground_truth/cut/y/2.png=mask L"}),
+     ("folders", {"good/a.png": "L,0", "good/a.jpg": "L,0", "bad/a.png": "L,1"}),
+     ("folders", {"good/a.png": "L,0", "bad/b.png": "L,1,Ground_Truth/bad/b.png=mask L"}),
+     ("images", {"b.png": "RGB,", "a.JPG": "L,", "c.webp": "RGB,", "../o.png": "L", "d.png": "-> ../o.png,"}),
+     *(("folders", {f"{good}/b.JPG": "L,0", "dent/c.tif": "I;16,1", "a b/d.png": "RGBA,1"})
+       for good in ("Good", "normal", "ok", "no"))],
 )  # fmt: skip
-def test_other_folders_are_read_by_what_lies_there(cls, told, tmp_path):
-    assert rows(put(tmp_path / "set", made(told)))[1] == expected(told, cls)
+def test_other_folders_are_read_by_what_lies_there(name, told, tmp_path):
+    cls = "" if name in CLASSES else "set"
+    assert rows(put(tmp_path / "set", made(told))) == (name, expected(told, cls))
 
 
 def entry(image: str | Path, anomaly: int = 0, mask: str | Path = "", **more: object) -> dict:
@@ -307,7 +296,7 @@ def test_a_list_that_is_not_as_it_should_be_is_an_error(name, text, tmp_path, ca
     (tmp_path / name).write_text(text)
     assert main(["--data", str(tmp_path), "--dataset", name if "/" not in name else "visa"]) == 2
     told = capsys.readouterr()
-    assert not told.out and ("meta.json" in told.err or "visa" in told.err) and "Traceback" not in told.err
+    assert not told.out and re.search("meta.json|visa|1cls.csv", told.err) and "Traceback" not in told.err
 
 
 @pytest.mark.parametrize(
@@ -321,14 +310,9 @@ def test_a_root_in_no_known_layout_is_told_what_was_looked_for(files, tmp_path, 
     told = capsys.readouterr()
     assert str(tmp_path) in told.err and "*/test/good" in told.err and "split_csv/1cls.csv" in told.err
     root = put(tmp_path / "mvtec", {"test/good/a.png": "L"})
-    for path, name in (
-        (root, "nosuch"),
-        (root, "kvasir"),
-        (root / "gone", "auto"),
-        (root / "test/a.png", "auto"),
-    ):
-        with pytest.raises((ValueError, OSError), match=re.escape(str(path))):
-            read_dataset(path, name)
+    for path, name in ((".", "nosuch"), (".", "kvasir"), ("gone", "auto"), ("test/a.png", "auto")):
+        with pytest.raises((ValueError, OSError), match=re.escape(str(root / path))):
+            read_dataset(root / path, name)
 
 
 @pytest.mark.parametrize("name", [name for name in REPLICAS if "=" in str(REPLICAS[name])])
@@ -426,9 +410,8 @@ def test_numbers_that_a_set_cannot_have_are_dashes(tmp_path, capsys):
         found = report(root, tmp_path)
         for numbers in (*found["classes"].values(), found["mean"]):
             assert numbers.pop("images") > 0
-            assert all(
-                (x is not None) == (image if "image" in name else pixel) for name, x in numbers.items()
-            )
+            for name, number in numbers.items():
+                assert (number is not None) == (image if "image" in name else pixel)
         mean = re.search("^mean.*", capsys.readouterr().out, re.MULTILINE)[0].split()[2:]
         assert [cell == "-" for cell in mean] == [not image] * 3 + [not pixel] * 4
     assert [row["label"] for row in found["records"]] == [None, None]

@@ -20,6 +20,7 @@ from visualad import Backbone, VisualAD
 
 load = VisualAD.from_pretrained
 NAME = "clip-vit-l14-336-visa"
+NONE = "could not get {}: .*; give a local path"
 FILE = "/user/model/resolve/main/model.safetensors"
 FILE_V2 = FILE.replace("main", "v2")
 BACKBONE_FILE = "/org/clip/resolve/main/open_clip_model.safetensors"
@@ -67,23 +68,19 @@ def test_a_repo_id_loads_the_saved_model_bit_for_bit_and_then_without_a_network(
     server.shutdown()
     server.server_close()
     assert same(load("user/model"), model)  # from the cache
-    with pytest.raises(FileNotFoundError, match="could not get user/other: .*; give a local path"):
+    with pytest.raises(FileNotFoundError, match=NONE.format("user/other")):
         load("user/other")
 
 
 def test_what_cannot_be_had_is_named_and_a_later_load_is_whole(server, tmp_path):
-    told = dict(match="could not get user/model: .*; give a local path")
-    with pytest.raises(FileNotFoundError, **told):
+    told = NONE.format("user/model")
+    with pytest.raises(FileNotFoundError, match=told):
         load("user/model", local_files_only=True)
     assert not server.asked
     model, content = saved(tmp_path)
-    for files, spoil in (
-        ({}, None),
-        ({FILE.replace("model.s", "other.s"): b""}, None),
-        ({FILE: content}, half),
-    ):
-        server.files, server.spoil = files, spoil
-        with pytest.raises(FileNotFoundError, **told):
+    for files in ({}, {FILE.replace("model.s", "other.s"): b""}, {FILE: content}):
+        server.files, server.spoil = files, half
+        with pytest.raises(FileNotFoundError, match=told):
             load("user/model")
     server.heal()
     assert same(load("user/model"), model)
@@ -102,10 +99,8 @@ def test_the_backbone_comes_from_its_own_repo_with_the_token_but_not_the_revisio
             call()
     server.asked.clear()
     saved = (tmp_path / "learned" / "model.safetensors").read_bytes()
-    server.files, cache = (
-        {FILE_V2: saved, BACKBONE_FILE: CLIP.read_bytes()},
-        dict(cache_dir=tmp_path / "cache"),
-    )
+    server.files, cache = {FILE_V2: saved}, dict(cache_dir=tmp_path / "cache")
+    server.files[BACKBONE_FILE] = CLIP.read_bytes()
     assert same(load("user/model", revision="v2", token="secret", **cache), model)
     assert [asked.path for asked in server.asked if asked.method == "GET"] == [FILE_V2, BACKBONE_FILE]
     assert {asked.token for asked in server.asked} == {"Bearer secret"}
@@ -146,9 +141,7 @@ def mirror(server, monkeypatch):
 
 
 @pytest.mark.parametrize("where", [None, "cache"])
-def test_the_authors_file_is_downloaded_once_into_torch_hubs_cache_or_yours(
-    mirror, official, tmp_path, where
-):
+def test_the_authors_file_is_downloaded_once_to_torch_hubs_cache_or_yours(mirror, official, tmp_path, where):
     folder = tmp_path / "cache" if where else tmp_path / "torch" / "checkpoints"
     for options in ({}, {}, dict(local_files_only=True)):
         options |= dict(cache_dir=where and str(folder))
@@ -157,33 +150,28 @@ def test_the_authors_file_is_downloaded_once_into_torch_hubs_cache_or_yours(
     assert file.read_bytes() == OFFICIAL.read_bytes() and len(mirror.asked) == 1
 
 
-@pytest.mark.parametrize("spoil", [half, lambda body: bytes(len(body))])
-def test_a_cut_or_wrong_answer_leaves_nothing_and_the_next_is_whole(mirror, official, tmp_path, spoil):
-    mirror.spoil, told = spoil, f"could not get {NAME}: .*; give a local path"
-    with pytest.raises(FileNotFoundError, match=told):
-        load(NAME, backbone_weights=CLIP)
-    assert os.listdir(tmp_path / "torch" / "checkpoints") == []
-    mirror.heal()
-    assert same(load(NAME, backbone_weights=CLIP), official)
-
-
-def test_an_authors_file_that_cannot_be_had_is_named_and_offline_nothing_is_asked(mirror):
-    with pytest.raises(FileNotFoundError, match=NAME):
+def test_a_cut_wrong_or_missing_answer_leaves_nothing_and_the_next_is_whole(mirror, official, tmp_path):
+    told, files = f"could not get {NAME}: {{}}.*; give a local path", mirror.files
+    with pytest.raises(FileNotFoundError, match=told.format("")):
         load(NAME, backbone_weights=CLIP, local_files_only=True)
     assert not mirror.asked
-    mirror.files.clear()
-    with pytest.raises(FileNotFoundError, match=f"could not get {NAME}: .*404"):
-        load(NAME, backbone_weights=CLIP)
+    zeros = lambda body: bytes(len(body))  # noqa: E731
+    for cause, found, spoil in ((".*404", {}, None), ("", files, half), ("", files, zeros)):
+        mirror.files, mirror.spoil = found, spoil
+        with pytest.raises(FileNotFoundError, match=told.format(cause)):
+            load(NAME, backbone_weights=CLIP)
+        assert os.listdir(tmp_path / "torch" / "checkpoints") == []
+        mirror.heal()
+    assert same(load(NAME, backbone_weights=CLIP), official)
 
 
 def test_the_released_files_are_the_pinned_ones(monkeypatch, tmp_path):
     asked, commit = [], "8479132d641456345019aed1c8bb6b2d11941068"
     record = lambda url, _file, sha256, **_: asked.append((url, sha256))  # noqa: E731
     monkeypatch.setattr(torch.hub, "download_url_to_file", record)
-    for data, sha256 in (
-        ("visa", "fed8ed5e0973e9adb53a2c91e066eb5ba3f9a42fbf80f115a26998629d1f0a5b"),
-        ("mvtec", "596f3ed0c0cfe78a314b41fc42a8adfc26b86ab1928f058ce256135cb407b32c"),
-    ):
+    visa = "fed8ed5e0973e9adb53a2c91e066eb5ba3f9a42fbf80f115a26998629d1f0a5b"
+    mvtec = "596f3ed0c0cfe78a314b41fc42a8adfc26b86ab1928f058ce256135cb407b32c"
+    for data, sha256 in dict(visa=visa, mvtec=mvtec).items():
         with pytest.raises(FileNotFoundError):
             load(f"clip-vit-l14-336-{data}", cache_dir=tmp_path)
         url = f"https://media.githubusercontent.com/media/7HHHHH/VisualAD/{commit}/weight/train_on_{data}/CLIP.pth"

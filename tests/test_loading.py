@@ -54,7 +54,6 @@ def test_unknown_missing_and_misshapen_tensors_and_two_transformers_are_named(li
 
 @pytest.mark.parametrize("prefix, wrap", [
     *((prefix, dict) for prefix in ("", "backbone.", "module.", "_orig_mod.", "teacher.backbone.")),
-    ("backbone.", lambda x: {"teacher": x, "epoch": 3}),
     ("", lambda x: {"model": x, "optimizer": {"state": {0: torch.zeros(3)}}}),
     ("module.visual.trunk.", lambda x: {"epoch": 1, "state_dict": x | {"logit_scale": torch.ones(1)}}),
     ("student.", lambda x: {"all": [x, {"args": None}]}),
@@ -90,7 +89,7 @@ def test_pickles_run_no_code_and_damaged_files_load_as_nothing(tmp_path):
         (tmp_path / name).write_bytes(CLIP.read_bytes()[:start] or b"not a checkpoint at all")
     for path in tmp_path.iterdir():
         for call in (VisualAD.from_pretrained, backbone_state):
-            with pytest.raises(Exception, match="(?i)weights.only|header"):
+            with pytest.raises(ValueError, match=f"{path.name} cannot be read as weights"):
                 call(path)
     assert not (tmp_path / "run").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -119,9 +118,7 @@ def test_training_starts_with_a_random_part_and_the_backbones_norm(listed):
 # --- the authors' checkpoints
 
 
-def test_sizes_come_from_the_checkpoint_cut_to_whole_patches_and_unknown_metadata_is_ignored(
-    official, tmp_path
-):
+def test_sizes_come_from_the_checkpoint_cut_to_whole_patches_metadata_is_ignored(official, tmp_path):
     assert official.layers == (2, 4) and official.image_size == 84 and official.anchors == 4
     checkpoint = torch.load(OFFICIAL, weights_only=True)
     flat = checkpoint["cross_attn"]["layer_attentions.layer_4.pos_encoding"][0]
@@ -266,11 +263,8 @@ def test_the_device_is_the_one_asked_for_whatever_the_default_and_no_random_numb
     model.save_pretrained(tmp_path)
     image, state = torch.rand(3, 40, 50), torch.get_rng_state()
     want = VisualAD.from_pretrained(tmp_path).predict(image).score
-    try:
-        torch.set_default_device("meta")
+    with torch.device("meta"):
         found = VisualAD.from_pretrained(tmp_path, device="cpu")
         assert found.predict(image).score == want == found.predict(image.permute(1, 2, 0).numpy()).score
         assert VisualAD.from_pretrained(tmp_path).tokens.is_meta
-    finally:
-        torch.set_default_device(None)
     assert torch.equal(torch.get_rng_state(), state)

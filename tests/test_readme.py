@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 import visualad
 
@@ -38,32 +38,25 @@ def clone(tmp_path_factory):
     return folder
 
 
-def run(command: list[str], folder) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_python_blocks_run(name, clone):
     (code,) = (block for block in BLOCKS if name in block)
-    run([sys.executable, "-c", f"{code}\n{CHECKS[name]}"], clone)
+    python("-c", f"{code}\n{CHECKS[name]}", folder=clone)
 
 
 def test_a_watched_folder_is_scored_as_photos_come(clone):
     (code,) = (block for block in BLOCKS if "inbox" in block)
     (clone / "inbox").mkdir()
     shutil.copy(clone / "examples" / "normal" / "brick.png", clone / "inbox")
-    with subprocess.Popen(
-        [sys.executable, "-uc", code], cwd=clone, stdout=subprocess.PIPE, text=True
-    ) as watch:
+    command = [sys.executable, "-uc", code]
+    with subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, text=True) as watch:
         assert watch.stdout.readline().startswith("inbox/brick.png -0.38")
         shutil.copy(clone / "examples" / "anomalous" / "brick-crack.png", clone / "inbox")
         assert watch.stdout.readline().startswith("inbox/brick-crack.png 0.82")
         watch.kill()
 
 
-def test_every_block_is_run_or_names_what_exists():
+def test_every_block_is_short_and_run_or_names_what_exists():
     others = [code for code in BLOCKS if not any(name in code for name in CHECKS)]
     assert len(others) == 2 and all(code.startswith("# ") for code in others)
     for code in others:
@@ -71,11 +64,14 @@ def test_every_block_is_run_or_names_what_exists():
         assert set(re.findall(r'from_pretrained\("([^"]+)"', code)) <= visualad.PRETRAINED.keys()
     for code in BLOCKS:
         assert len([line for line in code.splitlines() if line]) <= 11
+    lines = [line for line in README.splitlines() if line.startswith("pip install")]
+    assert len(lines) == 2 and sum("pytest" in line for line in lines) == 1  # which CI finds
+    assert len(README) <= 10_000
 
 
 def test_the_first_command_scores_every_example(clone):
     (command,) = re.findall(r"^pip install .* && (python visualad.py .*)$", README, re.MULTILINE)
-    printed = run([sys.executable, *command.split()[1:]], clone)
+    printed = python(*command.split()[1:], folder=clone)
     examples = visualad.images_below(clone / "examples")
     assert len(list((clone / "heatmaps").rglob("*.png"))) == len(examples) >= 6
     claim = r"flags six of the six\s+anomalous\s+examples\s+and\s+none\s+of\s+the\s+four\s+normal"
@@ -84,19 +80,10 @@ def test_the_first_command_scores_every_example(clone):
     assert flagged == [6, 0]
 
 
-def test_the_two_commands_are_one_line_each_and_ci_finds_the_second():
-    lines = [line for line in README.splitlines() if line.startswith("pip install")]
-    assert len(lines) == 2 and sum("pytest" in line for line in lines) == 1
-    assert len(README) <= 10_000
-
-
 def test_what_is_mentioned_exists(clone):
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    helps = {
-        name: run([sys.executable, name, "--help"], ROOT)
-        for name in ("visualad.py", "evaluate.py", "train.py")
-    }
+    helps = {name: python(name, "--help") for name in ("visualad.py", "evaluate.py", "train.py")}
     for program, flags in re.findall(r"^python (\w+\.py) (.*)$", README, re.MULTILINE):
         assert set(re.findall(r"--[a-z-]+", flags)) <= set(re.findall(r"--[a-z-]+", helps[program]))
     table = README.partition("| name | backbone |")[2].partition("\n\n")[0]
@@ -108,4 +95,4 @@ def test_the_commands_for_ones_own_product_run_on_photos(clone):
         shutil.copytree(clone / "examples" / "normal", clone / name)
     block = next(b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "my_photos" in b)
     for line in block.splitlines():
-        run([sys.executable, *line.split()[1:]], clone)
+        python(*line.split()[1:], folder=clone)

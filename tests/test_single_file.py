@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import os
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 
 import pytest
-from conftest import CLIP, OFFICIAL, ROOT
+from conftest import CLIP, OFFICIAL, ROOT, python
 
 import hubconf
 import visualad
@@ -19,22 +16,13 @@ from visualad import BACKBONES, VisualAD
 SOURCE = (ROOT / "visualad.py").read_text()
 
 
-def run(code: str, folder, **env) -> str:
-    """The output of Python code in a folder, without this repository on the path."""
-    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **env}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_method_is_one_class_read_in_330_lines_and_stands_alone(tmp_path):
     start, end = SOURCE.index("# --- 1."), SOURCE.index("# --- 6.")
     assert len(SOURCE[start:end].strip().splitlines()) <= 330
     assert SOURCE.count("class VisualAD(") == SOURCE.count("class VisualADNet(") == 1
     (tmp_path / "method.py").write_text(SOURCE[:end])
     code = "import torch, method; print(method.VisualADNet('tiny')(torch.rand(1, 3, 80, 160)).map.shape)"
-    assert "[1, 80, 160]" in run(code, tmp_path)
+    assert "[1, 80, 160]" in python("-c", code, folder=tmp_path)
 
 
 def test_copied_alone_it_works_and_says_what_is_missing(tmp_path):
@@ -51,13 +39,12 @@ try:
 except FileNotFoundError as error:
     print(error)
 """
-    loaded, shape, verdict, missing = run(code, tmp_path).splitlines()
+    loaded, shape, verdict, missing = python("-c", code, folder=tmp_path).splitlines()
     assert (loaded, shape, verdict) == ("False", "(50, 70)", "None") and "weights/tiny.safetensors" in missing
 
 
 def test_the_wheel_carries_the_module_the_command_and_the_bundled_model(tmp_path):
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    python("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -66,7 +53,7 @@ def test_the_wheel_carries_the_module_the_command_and_the_bundled_model(tmp_path
         assert "visualad = visualad:main" in archive.read(entry).decode()
     assert names == {"visualad.py", "visualad_weights/tiny.safetensors", "visualad_weights/README.md"}
     code = "from visualad import VisualAD; print(VisualAD.from_pretrained('tiny').layers)"
-    assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).strip() == "(1, 3)"
+    assert python("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path / "site")).strip() == "(1, 3)"
 
 
 # --- torch.hub
@@ -80,7 +67,7 @@ model = torch.hub.load({str(ROOT)!r}, "visualad_tiny", source="local")
 shape = model.predict(torch.rand(3, 40, 50)).map.shape
 print(utils.MINE, sys.modules["utils"] is utils, model.training, *shape)
 """
-    assert run(code, tmp_path).split() == ["True", "True", "False", "40", "50"]
+    assert python("-c", code, folder=tmp_path).split() == ["True", "True", "False", "40", "50"]
 
 
 def test_hub_lists_models_only_each_with_its_help():
@@ -128,29 +115,19 @@ def test_hub_names_of_the_authors_checkpoints(monkeypatch):
 # --- the repository
 
 
-def test_there_are_four_modules_and_a_small_bundled_model():
+def test_there_are_four_modules_and_a_small_bundled_model_and_ruff_is_clean():
     assert {p.name for p in ROOT.glob("*.py")} <= {"visualad.py", "hubconf.py", "train.py", "evaluate.py"}
     assert (ROOT / "weights" / "tiny.safetensors").stat().st_size < 12e6
-
-
-def test_ruff_is_clean():
-    for check in (["check"], ["format", "--check"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *check, "."], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "ruff", "check", ".")
+    python("-m", "ruff", "format", "--check", ".")
 
 
 @pytest.mark.parametrize("module", [visualad, hubconf])
 def test_every_public_signature_is_typed(module):
-    for name, thing in vars(module).items():
-        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
-            continue
-        methods = [m for n, m in vars(thing).items() if n[0] != "_"] if inspect.isclass(thing) else [thing]
-        for function in methods:
-            function = getattr(function, "__func__", function)
-            if inspect.isfunction(function) and function.__name__[0] != "<":
-                signature = inspect.signature(function)
-                parameters = [p for n, p in signature.parameters.items() if n not in ("self", "cls")]
-                assert signature.empty not in [p.annotation for p in parameters], (name, function)
-                assert signature.return_annotation is not signature.empty, (name, function)
+    public = [x for name, x in vars(module).items() if name[0] != "_"]
+    public = [x for x in public if getattr(x, "__module__", None) == module.__name__]
+    methods = [x for cls in public if inspect.isclass(cls) for name, x in vars(cls).items() if name[0] != "_"]
+    for function in [getattr(x, "__func__", x) for x in [*public, *methods]]:
+        if inspect.isfunction(function) and function.__name__ != "<lambda>":
+            wanted = {*inspect.signature(function).parameters, "return"} - {"self", "cls"}
+            assert wanted <= function.__annotations__.keys(), function

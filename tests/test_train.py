@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT, SMALL
-from PIL import Image
+from conftest import CLIP, OFFICIAL, ROOT, SMALL, ranks, same, write, write_mvtec
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,8 +29,7 @@ from visualad import OFFICIAL_NAMES, Output, VisualAD
 @pytest.fixture
 def trained_norm() -> VisualAD:
     """Without dropout, and with the final norm that the authors' program trains and saves."""
-    files = GOLDEN / "visualad_official.pth", GOLDEN / "clip_openai.safetensors"
-    model = VisualAD.from_pretrained(files[0], backbone_weights=files[1], final_norm="checkpoint")
+    model = VisualAD.from_pretrained(OFFICIAL, backbone_weights=CLIP, final_norm="checkpoint")
     for part in [*model.sca.values(), *model.saf.values()]:
         part.dropout = 0.0
     return model.train()
@@ -110,8 +108,11 @@ def outputs(n: int) -> Output:
 def test_shares_add_up_and_unknown_pixels_leave_focal_and_dice_alone():
     output, masks, labels = outputs(5), torch.zeros(5, 12, 10), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
     masks[1, 2:5], masks[2:] = 1, math.nan
-    whole = train.loss_terms(output, masks, labels)
-    known = train.loss_terms(Output(*(x[:2] for x in output)), masks[:2], labels[:2])
+
+    def terms(at: slice, counts: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
+        return train.loss_terms(Output(*(x[at] for x in output)), masks[at], labels[at], counts)
+
+    whole, known = terms(slice(5)), terms(slice(2))
     every = train.loss_terms(output, torch.zeros(5, 12, 10), labels)
     target, focal = F.one_hot(masks[:2].long(), 2).movedim(-1, 1).float().clamp(1e-5, 1 - 1e-5), 0
     for q in output.layer_maps[:2].sigmoid().unbind(1):  # as the authors write it
@@ -120,10 +121,7 @@ def test_shares_add_up_and_unknown_pixels_leave_focal_and_dice_alone():
     assert known["focal"].item() == pytest.approx(focal.item(), rel=1e-5)
     for name, other in dict(focal=known, dice=known, image=every, token=every).items():
         assert whole[name].item() == pytest.approx(other[name].item(), rel=1e-6)
-    shares = [
-        train.loss_terms(Output(*(x[at] for x in output)), masks[at], labels[at], (5, 2))
-        for at in (slice(0, 1), slice(1, 3), slice(3, 5))
-    ]
+    shares = [terms(at, (5, 2)) for at in (slice(0, 1), slice(1, 3), slice(3, 5))]
     for name, value in whole.items():
         assert sum(share[name].item() for share in shares) == pytest.approx(value.item(), rel=1e-5)
     shares[2]["total"].backward()
@@ -163,24 +161,11 @@ def test_only_the_backbone_runs_in_bf16(batch, trained_norm):
     assert not torch.equal(cast.map, plain.map) and torch.equal(model(batch[0]).map, plain.map)
 
 
-def picture(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """MVTec's layout, 13 images: the last batch of 4 has one, so that the second rank has none. Beside it a
     small model to begin with, whose threshold is for other scores than those after training."""
-    root, rng = tmp_path_factory.mktemp("data") / "nuts", np.random.default_rng(0)
-    for i in range(13):
-        kind, pixels = "cut" if i < 7 else "good", rng.integers(90, 130, (50, 60, 3), dtype=np.uint8)
-        if kind == "cut":
-            mask = np.zeros((50, 60), np.uint8)
-            mask[10 + i : 20 + i, 20:40] = 255
-            pixels[mask > 0] = 250
-            picture(root / "nut" / "ground_truth" / kind / f"{i:03}_mask.png", mask)
-        picture(root / "nut" / "test" / kind / f"{i:03}.png", pixels)
+    root = write_mvtec(tmp_path_factory.mktemp("data") / "nuts", nut=dict(cut=7, good=6))
     torch.manual_seed(0)
     model = VisualAD(SMALL)
     model.threshold = dict(value=1.0, size=[56, 56], sigma=4.0, made="before")
@@ -208,10 +193,9 @@ def whole(flags, tmp_path_factory) -> Path:
     return out
 
 
-def same(out: Path, whole: Path) -> None:
-    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
-    a, b = (load_file(folder / "model.safetensors") for folder in (out, whole))
-    assert a.keys() == b.keys() and all(torch.equal(p, b[name]) for name, p in a.items())
+def alike(out: Path, whole: Path) -> bool:
+    models = (load_file(folder / "model.safetensors") for folder in (out, whole))
+    return same(*models) and (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
 def log(out: Path) -> list[dict]:
@@ -283,7 +267,7 @@ def test_what_was_interrupted_ends_bit_identical(
         file.write('{"step": 99, "epo')
     torch.manual_seed(99)
     assert train.main([*command, "--resume"]) == 0
-    same(tmp_path, whole)
+    assert alike(tmp_path, whole)
     assert len([*tmp_path.glob("eval-*")]) == 3 * ("--eval" in command)
 
 
@@ -299,7 +283,7 @@ def test_a_run_that_was_killed_ends_bit_identical(flags, whole, tmp_path):
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == 4
     for _ in range(2):  # a finished run too
         assert train.main(flags(tmp_path, "--resume")) == 0
-        same(tmp_path, whole)
+        assert alike(tmp_path, whole)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +306,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_images(flags, whole, tmp_p
     assert "step 6: loss" in said and said.count(".png") == 4
     assert kept["step"] == 4 and all(p.isfinite().all() for p in kept["model"].values())
     assert train.main(flags(tmp_path)) == 0  # without --resume it begins anew
-    same(tmp_path, whole)
+    assert alike(tmp_path, whole)
 
 
 TWO = """
@@ -341,11 +325,8 @@ sys.exit(train.main(sys.argv[1:]))
 def test_two_ranks_train_what_one_trains(data, flags, tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     logs, moments, models = [], [], []
-    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-        command += ["two.py", *flags(tmp_path / str(n), "--eval", data)]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        done = ranks(n, "two.py", *flags(tmp_path / str(n), "--eval", data), folder=tmp_path)
         assert done.returncode == 0 and done.stdout.count("AUPRO") == 3, done.stderr
         logs.append(log(tmp_path / str(n)))
         moments.append(torch.load(tmp_path / str(n) / "checkpoint.pt")["adam"]["state"])
@@ -392,8 +373,8 @@ def test_every_dataset_trains(data, flags, tmp_path, monkeypatch, capsys, layout
     for i, record in enumerate(evaluate.read_dataset(data)[1]):
         image, mask = evaluate.read(record)
         for name in ["ksdd2/test", *([] if record.label else ["photos"])]:
-            picture(tmp_path / name / f"{i}.png", image.movedim(0, 2).numpy())
-        picture(tmp_path / "ksdd2" / "test" / f"{i}_GT.png", 255 * mask.byte().numpy())
+            write(tmp_path / name / f"{i}.png", image.movedim(0, 2).numpy())
+        write(tmp_path / "ksdd2" / "test" / f"{i}_GT.png", 255 * mask.byte().numpy())
         for cls, rows in classes.items():
             mask = "".join(map(str, record.masks)) if cls == "masked" else ""
             rows.append(dict(img_path=str(record.path), mask_path=mask, anomaly=record.label))
@@ -423,10 +404,3 @@ def test_every_dataset_trains(data, flags, tmp_path, monkeypatch, capsys, layout
 def test_what_cannot_be_is_told_in_a_line_at_the_door(flags, tmp_path, wrong, capsys):
     assert train.main(flags(tmp_path / "run", *f"--{wrong}".split())) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "run").exists()
-
-
-def test_help_begins_with_examples_also_without_docstrings():
-    done = subprocess.run(
-        [sys.executable, "-OO", ROOT / "train.py", "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.count("train.py --data") == 2
