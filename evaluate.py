@@ -7,6 +7,7 @@
 """
 
 import argparse
+import copy
 import csv
 import html
 import io
@@ -56,7 +57,9 @@ def paired(tops: list[Path], label: int | None | Callable, images: str, masks: s
         truth = [x for x in below(top, masks) if x.suffix.lower() in IMAGE_SUFFIXES]
         found = [x for x in sorted({*below(top, images)} - {*truth}) if x.suffix.lower() in IMAGE_SUFFIXES]
         own: dict[str, list[Path]] = {path.stem: [] for path in found}
-        many = any(mask.parent.name in own for mask in truth)
+        if truth and len(own) < len(found):
+            raise ValueError("images share a stem, so that masks cannot be told apart")
+        many = any(mask.parent.name in own and "ground_truth" not in mask.parents[1].name for mask in truth)
         for mask in truth:
             stem = re.sub("_(mask|label|gt)$", "", mask.stem, flags=re.IGNORECASE)
             own.setdefault(mask.parent.name if many else stem, []).append(mask)
@@ -290,8 +293,8 @@ def evaluate(
     from. keep: a JSON file for it after each class. heatmaps: a folder for strips. Raises ValueError.
     """
     size, (rank, world), device = model.input_size(size), ranks(), model.tokens.device
-    high = len(model.layers)  # of the heatmaps' colours, half of what a map can reach
-    report: dict[str, Any] = dict(classes={}, mean={}, records=[], errors=[]) | dict(skip)
+    high = len(model.layers)  # half of what a map can reach: full red
+    report: dict[str, Any] = dict(classes={}, mean={}, records=[], errors=[]) | copy.deepcopy(dict(skip))
 
     def sample(record: Record) -> tuple[str, int | None, Tensor, Tensor, Tensor | None] | None:
         name = Path(os.path.relpath(record.path, root)).as_posix().replace("../", "")
@@ -407,7 +410,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data_flags(parser)
     visualad.model_flags(parser)
     add = parser.add_argument
-    add("--pro", default="exact", choices=("exact", "published"), help="AUPRO; on one set 0.765 and 0.770")
+    add(
+        "--pro",
+        default="exact",
+        choices=("exact", "published"),
+        help="which AUPRO; on one set 0.765 and 0.770",
+    )
     add("--native", action="store_true", help="compare pixels at each image's own size, not the network's")
     add("--workers", type=int, default=16, metavar="N", help="images that threads read ahead (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write settings, metrics and scores, after each class")

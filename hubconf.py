@@ -2,7 +2,7 @@
 
 pretrained: True, the published weights ("visa" where there are two); "visa" or "mvtec", the authors'; a
 source, whatever `VisualAD.from_pretrained` takes; False, nothing is downloaded and all is random.
-Further keywords go to `VisualAD.from_pretrained`.
+Further keywords go to `VisualAD.from_pretrained`, with False to `VisualAD` itself.
 """
 
 from collections.abc import Callable as _Callable

@@ -159,8 +159,8 @@ def run(args: argparse.Namespace) -> int:
     plan = batches(len(records), args.batch_size, args.seed, args.epochs)
     if not plan or not (args.synthetic or {1} <= {r.label for r in records} <= {0, 1}):
         raise ValueError("nothing to train on: give images known as anomalous, or normal and --synthetic")
-    other = dict(data=args.eval, dataset="auto", classes=None, limit=None)
-    scored = load_data(argparse.Namespace(**vars(args) | other))[1] if args.eval else []
+    whole = dict(data=args.eval, dataset="auto", classes=None, limit=None)
+    scored = load_data(argparse.Namespace(**vars(args) | whole))[1] if args.eval else []
     settings = vars(args) | dict(data=args.data.resolve().name, images=len(records))
     settings = {k: str(v) for k, v in settings.items() if k not in ("out", "resume", "eval", "device")}
     if args.resume and path.exists():
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     if len(set(gather(done))) > 1:
         raise ValueError(f"the ranks found different checkpoints: {args.out} must be one folder for all")
     if rank == 0:  # what was logged after the checkpoint will be logged again
-        lines = log.read_text().splitlines(keepends=True)[:done] if done else []
+        lines = log.read_text().splitlines(keepends=True)[:done] if done and log.exists() else []
         write_atomic(log, "".join(lines).encode())
 
     def load(item: tuple[int, list[int]]) -> list[Tensor]:

@@ -31,17 +31,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import huggingface_hub  # its parts are loaded once they are used
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm  # comes with huggingface_hub
+from torch.hub import tqdm  # the package's own, which comes with huggingface_hub
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Taps = tuple[int, ...] | None  # layers; None: the backbone's own
 Weights = str | os.PathLike | Mapping[str, Any]  # a file or folder, or a state dict
@@ -122,8 +120,8 @@ ACTIVATIONS = {  # the function, and how many values it makes one of
 
 
 def resample(table: Tensor, size: tuple[int, int], mode: str) -> Tensor:  # [g, g, D] -> [h * w, D]
-    """A table of positions read at another grid; at its own, where no exporter leaves that open, as it is."""
-    if any(isinstance(side, torch.SymInt) for side in size) or table.shape[:2] != size:
+    """A table of positions read at another grid; at its own, but for a compiler, it stays as it is."""
+    if torch.compiler.is_compiling() or table.shape[:2] != size:
         mode, _, antialias = mode.partition("-")
         x = F.interpolate(table.float().permute(2, 0, 1)[None], size, mode=mode, antialias=bool(antialias))
         table = x[0].permute(1, 2, 0).to(table.dtype)
@@ -176,7 +174,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        if x.is_cpu and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if plain and x.is_cpu and x.dtype == torch.bfloat16:
             # The fused kernel gains nothing from bf16 here; two heads at a time, in cache, are twice as fast.
             heads = zip(*(t.flatten(0, 1).split(2) for t in (q * q.shape[-1] ** -0.5, k, v)), strict=True)
             y = torch.cat([(a @ b.transpose(1, 2)).softmax(dim=-1) @ c for a, b, c in heads]).view_as(q)
@@ -408,20 +407,24 @@ SPELLINGS = [
 def read_tensors(weights: Weights) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Tensors, fp32, of a state dict, a .safetensors file, a pickle of plain data, the shards of an index, or
     a folder that holds one of these, as on Hugging Face; and its header, or all of the authors' file."""
+    from safetensors import safe_open
+
     if isinstance(weights, Mapping):
         return flatten(weights), weights
     names = "model.safetensors model.safetensors.index.json open_clip_model.safetensors pytorch_model.bin"
     path = next((file for name in names.split() if (file := Path(weights, name)).is_file()), Path(weights))
-    if path.suffix == ".json":
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return {key: x for name in shards for key, x in read_tensors(path.with_name(name))[0].items()}, {}
     try:
+        if path.suffix == ".json":
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            return {key: x for name in shards for key, x in read_tensors(path.with_name(name))[0].items()}, {}
         if path.suffix != ".safetensors":
             data = torch.load(path, map_location="cpu", weights_only=True)
             return flatten(data), data if "features_list" in data else {}
         with safe_open(path, "pt") as file:
             return flatten({key: file.get_tensor(key) for key in file.keys()}), file.metadata() or {}
-    except (RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:
         raise ValueError(f"{path} cannot be read as weights: {type(error).__name__}") from error
 
 
@@ -506,6 +509,10 @@ def read_fields(weights: Weights) -> dict[str, Any]:
 def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
     """What `read_tensors` takes, of a name in `PRETRAINED`, a Hugging Face repo that holds `file`, or a path.
     Raises FileNotFoundError."""
+    import huggingface_hub
+
+    if unknown := hub.keys() - {"token", "cache_dir", "revision", "local_files_only", "force_download"}:
+        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
     path, bundled = Path(source), "weights/tiny.safetensors"
     if source == "tiny":  # beside this file in a clone, or where pip puts it
         path = next(Path(__file__).parent.glob(f"*{bundled}"), Path(bundled))
@@ -568,7 +575,8 @@ def images_below(folder: Path, without: Path | None = None) -> list[Path]:
     """The images in a folder and below, sorted; not those that are hidden or below `without`."""
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
-    paths = [path for path in paths if not without or without.absolute() not in path.absolute().parents]
+    inside = without is not None and folder.absolute() in (without.absolute(), *without.absolute().parents)
+    paths = [path for path in paths if not inside or without.absolute() not in path.absolute().parents]
     if not paths:
         raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return paths
@@ -596,6 +604,7 @@ def each(images: Any) -> Iterator[Any]:
 def to_tensor(image: Any) -> Tensor:
     """Any single image that `predict` takes -> RGB [3, H, W], uint8, or fp32 in [0, 1] if 8 bits are too few.
     Raises ValueError for anything else, FileNotFoundError for a missing file."""
+    import numpy as np
     from PIL import Image, ImageOps
 
     image = io.BytesIO(image) if isinstance(image, (bytes, bytearray)) else image
@@ -693,7 +702,8 @@ class VisualAD(VisualADNet):
         anchors: int = 4, image_size: int = 0, **hub: Any,
     ) -> VisualAD:  # fmt: skip
         """A frozen backbone with a fresh learned part: where training starts. Arguments and errors are those
-        of `VisualADNet` and `from_pretrained`."""
+        of `VisualADNet` and `from_pretrained`. Weights of a listed backbone are taken for the hosted ones and
+        not saved: for others take `Backbone.from_weights`."""
         model = cls(backbone, layers, anchors, image_size)
         return model.fill(model.learned(), backbone_weights, "backbone", hub)
 
@@ -710,7 +720,8 @@ class VisualAD(VisualADNet):
         final_norm: "backbone" or "checkpoint", the trained one. None: "checkpoint", but "backbone" for the
             authors' files, whose published numbers were made so. A threshold is for the norm it came with.
         dtype: of the frozen backbone; what was learned stays fp32.
-        hub: token, cache_dir, revision, local_files_only, force_download, as huggingface_hub has them.
+        hub: token, cache_dir, revision, local_files_only, force_download, as huggingface_hub has them; of
+            these the authors' files know cache_dir and local_files_only.
         Raises ValueError for what does not fit, FileNotFoundError for what cannot be had.
         """
         if final_norm not in (None, "backbone", "checkpoint"):
@@ -729,8 +740,6 @@ class VisualAD(VisualADNet):
         """Loads what was learned from `state`, the backbone from there, its weights or where it is hosted.
         norm: "backbone" or "checkpoint", as of `from_pretrained`. Raises ValueError, FileNotFoundError."""
         cfg = self.backbone.cfg
-        if unknown := hub.keys() - {"token", "cache_dir", "revision", "local_files_only", "force_download"}:
-            raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
         if any(key.startswith("backbone.") for key in state):
             weights = state
         elif weights is None:
@@ -760,28 +769,33 @@ class VisualAD(VisualADNet):
         """Writes model.safetensors, complete in itself, config.json, a copy of what stands in its header, and
         README.md, a card with `notes`, if there is none. The backbone goes in if it is hosted nowhere or
         was tuned, that is, has parameters that require gradients."""
+        from huggingface_hub import ModelCardData
+        from safetensors.torch import save
+
         folder, cfg = Path(folder), self.backbone.cfg
-        if not (folder / "README.md").exists():
-            data = huggingface_hub.ModelCardData(license="mit", pipeline_tag="image-segmentation")
-            data.library_name, data.base_model, data.tags = "visualad", cfg.repo, ["anomaly-detection"]
-            text = f"---\n{data}\n---\n# VisualAD on {cfg.repo or 'its own backbone'}\n\n"
-            text += "Zero-shot anomaly detection (arXiv:2603.07952). Score, map and verdict of an image:\n"
-            text += f'`VisualAD.from_pretrained("{repo_id or folder}").predict("photo.jpg")`\n\n{notes}\n'
-            write_atomic(folder / "README.md", text.encode())
         hosted = cfg.repo is not None and not any(x.requires_grad for x in self.backbone.parameters())
         names = ("layers", "anchors", "image_size", "sigma", "threshold")
         config = {name: getattr(self, name) for name in names}
         config["backbone"] = asdict(cfg if hosted else replace(cfg, repo=None))
-        text = json.dumps(config, indent=2)
-        write_atomic(folder / "config.json", text.encode())
+        config = json.dumps(config, indent=2)
+        if not (folder / "README.md").exists():
+            data = ModelCardData(license="mit", pipeline_tag="image-segmentation", library_name="visualad")
+            data.base_model, data.tags = cfg.repo, ["anomaly-detection"]
+            text = f"---\n{data}\n---\n# VisualAD on {cfg.repo or 'its own backbone'}\n\n"
+            text += "Zero-shot anomaly detection (arXiv:2603.07952). Score, map and verdict of an image:\n"
+            text += f'`VisualAD.from_pretrained("{repo_id or folder}").predict("photo.jpg")`\n\n{notes}\n'
+            write_atomic(folder / "README.md", text.encode())
+        write_atomic(folder / "config.json", config.encode())
         state = self.learned() if hosted else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
-        write_atomic(folder / "model.safetensors", save(state, {"format": "pt", "config": text}))
+        write_atomic(folder / "model.safetensors", save(state, {"format": "pt", "config": config}))
 
     def push_to_hub(self, repo_id: str, *, notes: str = "", private: bool = False, **upload: Any) -> str:
         """Uploads what `save_pretrained` writes and returns the commit's address. upload: a token, arguments
         of huggingface_hub's upload_folder, as ignore_patterns="README.md" where a card is to stay."""
-        api = huggingface_hub.HfApi(token=upload.pop("token", None))
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=upload.pop("token", None))
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private or None).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id, notes=notes)
@@ -838,11 +852,11 @@ class VisualAD(VisualADNet):
         n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. options: of `predict`."""
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
-        scores = [prediction.score for prediction in self.predict_iter(normal_images, **options)]
+        scores = sorted(prediction.score for prediction in self.predict_iter(normal_images, **options))
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
-        # 0.07 * 100 is a little more than 7; and an image in another batch has other last digits.
-        value = float(np.quantile(scores, quantile - 1e-12, method="inverted_cdf")) + 1e-5
+        place = max(math.ceil(quantile * len(scores) - 1e-9), 1)  # 0.07 * 100 is a little more than 7
+        value = scores[place - 1] + 1e-5  # an image in another batch has other last digits
         size, sigma = self.input_size(options.get("size")), options.get("sigma")
         sigma, made = self.sigma if sigma is None else sigma, f"{quantile:g} of {len(scores)} normal images"
         self.threshold = dict(value=value, size=[*size], sigma=float(sigma), made=made)
@@ -922,7 +936,7 @@ def run(args: argparse.Namespace) -> int:
             report = dict(model=args.model, settings=settings, images=images, errors=errors)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
     verdicts = [image["anomalous"] for image in images if image["anomalous"] is not None]
-    told = "no threshold for this size and sigma" if images and not verdicts else f"{sum(verdicts)} anomalous"
+    told = "no threshold" if images and not verdicts else f"{sum(verdicts)} anomalous"
     print(f"{len(images)} images, {told}, {len(failed)} unreadable; heatmaps in {args.out}")
     return 1 if failed else 0
 

@@ -94,7 +94,7 @@ def test_thresholds_come_from_the_command_line_or_from_normal_images(images, cap
     assert column(found, "anomalous") == [score > -5e-05 for score in column(found, "score")]
     assert found["settings"]["threshold"]["value"] == -5e-05
     assert verdicts("--size", "80") == [None] * 4  # the model's own is for another size
-    assert "4 images, no threshold for this size and sigma, 0 unreadable" in capsys.readouterr().out
+    assert "4 images, no threshold, 0 unreadable" in capsys.readouterr().out
     assert verdicts("--size", "80", "--threshold", "9") == [False] * 4
     assert verdicts("--calibrate", "in") == [False] * 4
     made = report("in", "--calibrate", "in", "--size", "80x96", "--sigma", "2")["settings"]["threshold"]

@@ -35,7 +35,6 @@ WARM_UP = 500  # steps to the full rate, which stays as long as the size and the
 KEEP = 500  # steps from one saved state to the next
 SCALE = 8.0  # of map values in the loss: plain cosine differences saturate the sigmoid late
 DENSE, DEFECT = 4.0, 4.0  # weights of the added cross-entropy and, in it, of a defective pixel
-SIGMA = 1.7  # px of the smoothing: what the paper's 4 of 518 px are of 224
 AVERAGE = 0.999  # how much of the average of the weights a step keeps
 # On a CPU the fused attention's backward pass is slow at this size, and so are products in fp32.
 ATTENTION = ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH])
@@ -93,7 +92,6 @@ def train(images: int, batch: int, lr: float, workers: int, state: Path | None =
     torch.manual_seed(SEED)
     model = VisualAD("tiny")
     mimic(model)
-    model.sigma = SIGMA
     model.to(device).requires_grad_(True).eval()  # no dropout: no picture is ever seen twice
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     matrices = [p for p in model.parameters() if p.ndim > 1]
