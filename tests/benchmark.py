@@ -176,13 +176,6 @@ def training(_dtype: torch.dtype, device: str) -> None:
     )
 
 
-def imports(*_) -> None:
-    """What `import visualad` adds to `import torch`."""
-    code = "import time, torch; t = time.perf_counter(); import visualad; print(time.perf_counter() - t)"
-    times = [float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)) for _ in range(3)]
-    print(f"import visualad after import torch: {min(times):.3f} s")
-
-
 def memory(dtype: torch.dtype, device: str) -> None:
     """The peak of one image above the weights, in a process of its own; on CUDA the allocator's peak."""
     code = f"""
@@ -224,7 +217,7 @@ else:
 
 if __name__ == "__main__":
     parts = dict(inference=inference, end_to_end=end_to_end, pixel_metrics=pixel_metrics)
-    parts |= dict(training=training, imports=imports, memory=memory)
+    parts |= dict(training=training, memory=memory)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     only, device = parser.parse_args().only, find_device()

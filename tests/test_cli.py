@@ -10,7 +10,6 @@ import pytest
 from conftest import CLIP, OFFICIAL, ROOT, picture, python, write
 from PIL import Image
 
-import train
 from visualad import VisualAD, main, overlay
 
 
@@ -67,6 +66,7 @@ def test_images_below_out_are_not_read(images):
         limits.append(found["settings"]["threshold"]["value"])
         assert len(found["images"]) == 4 and "4 normal images" in found["settings"]["threshold"]["made"]
     assert limits[0] == limits[1]
+    assert len(report("in", "--out", ".")["images"]) == 4  # nor hidden, where --out lies around them
 
 
 def test_what_was_found_before_an_interrupt_is_in_the_json(images, monkeypatch):
@@ -140,10 +140,9 @@ def test_errors_are_one_line_and_a_status(images, capsys, arguments, status, mes
     assert message in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("program", [main, train.main])
-def test_a_device_that_is_not_there_is_named(program, capsys):
+def test_a_device_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
-        program(["in/a.png", "--device", "gpu"])
+        main(["in/a.png", "--device", "gpu"])
     assert "--device: gpu: Expected one of cpu, cuda" in capsys.readouterr().err
 
 

@@ -251,6 +251,9 @@ def test_a_class_folder_and_the_current_folder_are_roots(tmp_path, monkeypatch):
      # images that lie deeper are not left out; suffixes tell them apart; masks are no anomalous images
      ("mvtec", {"a/test/good/x/1.png": "L,0", "a/test/cut/y/2.png": "L,1,a/ground_truth/cut/y/2.png=mask L"}),
      ("folders", {"good/a.png": "L,0", "good/a.jpg": "L,0", "bad/a.png": "L,1"}),
+     # a kind of defect may be called as an image is
+     ("mvtec", {"a/test/good/0.png": "L,0", "a/test/1/0.png": "L,1,a/ground_truth/1/0_mask.png=mask L",
+                "a/test/1/1.png": "L,1,a/ground_truth/1/1_mask.png=mask L"}),
      ("folders", {"good/a.png": "L,0", "bad/b.png": "L,1,Ground_Truth/bad/b.png=mask L"}),
      ("images", {"b.png": "RGB,", "a.JPG": "L,", "c.webp": "RGB,", "../o.png": "L", "d.png": "-> ../o.png,"}),
      *(("folders", {f"{good}/b.JPG": "L,0", "dent/c.tif": "I;16,1", "a b/d.png": "RGBA,1"})
@@ -340,6 +343,9 @@ def test_one_error_counts_all_and_names_the_first(tmp_path):
     meta(root, test={"c": [entry("lost.png"), entry("nut/test/good/a.png", 1, "gone_mask.png")]})
     with pytest.raises(ValueError, match="(?s)2 files.*lost.png is missing.*gone_mask.png is missing"):
         read_dataset(root)
+    twins = [f"{kind}/bad/{x}/0.png" for kind in ("test", "ground_truth") for x in "ab"]
+    with pytest.raises(ValueError, match="images share a stem"):
+        read_dataset(put(tmp_path / "twins", dict.fromkeys(["test/good/1.png", *twins], "L")))
 
 
 def report(root: Path, folder: Path, *flags: str, status: int = 0) -> dict:

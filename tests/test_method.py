@@ -183,6 +183,19 @@ def test_onnx_and_a_saved_program_give_infers_map_and_score_for_any_batch_and_si
     as_infer(torch.export.load(tmp_path / "a.pt2").module(), model, *shapes)
 
 
+@pytest.mark.parametrize("dtype, strict", [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_program_exported_at_the_models_own_size_keeps_sizes_free(model, dtype, strict):
+    model.backbone.to(dtype)
+    free = ({i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},)
+    program = torch.export.export(
+        Infer(model), (torch.rand(2, 3, 56, 56),), dynamic_shapes=free, strict=strict
+    )
+    for shape in (1, 3, 56, 56), (3, 3, 84, 70):
+        images = torch.rand(shape)
+        for got, want in zip(program.module()(images), model.infer(images), strict=True):
+            assert torch.allclose(got, want, atol=1e-5 if strict else 0.05)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", [{}, dict(registers=4, resample="bicubic-antialias"), dict(grid=0)])
 def test_the_older_onnx_exporter_gives_them_at_one_size(family, tmp_path):
