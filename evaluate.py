@@ -127,10 +127,10 @@ def read_dataset(root: str | os.PathLike, dataset: str = "auto") -> tuple[str, l
         raise ValueError(f"{root} does not list its images as {name} should: {error!r}") from error
     faults = [f"{path} is missing" for x in records for path in (x.path, *x.masks) if not path.is_file()]
     faults += [f"{x.path} has no mask" for x in records if x.masked and x.label != 0 and not x.masks]
-    if faults or not records:
-        what = "\n  ".join([f"{len(faults)} files are missing or do not pair up:", *faults[:9]])
-        looked = ", ".join(dict.fromkeys(signs.values()))
-        raise ValueError(what if records else f"no test images in {root}; looked for {looked}")
+    if not records:
+        raise ValueError(f"no test images in {root}; looked for {', '.join(dict.fromkeys(signs.values()))}")
+    if faults:
+        raise ValueError("\n  ".join([f"{len(faults)} files are missing or do not pair up:", *faults[:9]]))
     return name, records
 
 
@@ -376,8 +376,7 @@ def load_data(args: argparse.Namespace) -> tuple[str, list[Record]]:
         rows = [record for record in found if record.cls == cls]
         n = len(rows) if args.limit is None else min(args.limit, len(rows))
         if n < 1:
-            known = ", ".join(classes)
-            raise ValueError(f"--classes and --limit leave no image of {cls}; classes: {known}")
+            raise ValueError(f"--classes and --limit leave no image of {cls}; known: {', '.join(classes)}")
         records += [rows[(2 * i + 1) * len(rows) // (2 * n)] for i in range(n)]
     if ranks()[0] == 0:
         normal, bad, unknown = ([record.label for record in records].count(x) for x in (0, 1, None))
@@ -410,12 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data_flags(parser)
     visualad.model_flags(parser)
     add = parser.add_argument
-    add(
-        "--pro",
-        default="exact",
-        choices=("exact", "published"),
-        help="which AUPRO; on one set 0.765 and 0.770",
-    )
+    add("--pro", default="exact", choices=("exact", "published"), help="on one set 0.765 and 0.770")
     add("--native", action="store_true", help="compare pixels at each image's own size, not the network's")
     add("--workers", type=int, default=16, metavar="N", help="images that threads read ahead (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write settings, metrics and scores, after each class")
@@ -429,9 +423,9 @@ def run(args: argparse.Namespace) -> int:
     dataset, records = load_data(args)
     names = vars(args).keys() - {"workers", "device", "json", "resume", "heatmaps"}
     settings = {name: getattr(args, name) for name in sorted(names)} | options | dict(dataset=dataset)
+    settings = json.loads(json.dumps(settings, default=str))
     old = json.loads(args.json.read_text()) if args.resume and args.json and args.json.is_file() else {}
-    now = json.loads(json.dumps(settings, default=str))
-    if other := [name for name in now if old and old["settings"].get(name) != now[name]]:
+    if other := [name for name in settings if old and old["settings"].get(name) != settings[name]]:
         raise ValueError(f"{args.json} was made with another {', '.join(other)}")
     report = evaluate(model, records, **options, workers=args.workers, native=args.native, pro=args.pro,
                       root=args.data, keep=args.json, heatmaps=args.heatmaps,

@@ -640,7 +640,7 @@ def to_tensor(image: Any) -> Tensor:
     if image.dtype == torch.uint8:
         return image
     low, high = (float(value) for value in image.float().aminmax())
-    if not -1e-6 <= low <= high <= 1 + 1e-6:  # rounding; `resize` clamps
+    if not -1e-6 <= low <= high <= 1 + 1e-6:  # by a rounding, which is clamped below
         raise ValueError(f"float values must lie in [0, 1], got {low:g} to {high:g}")
     levels = (image.float() * 255).round()
     # An 8-bit image that comes as floats is resized as one: the same picture must get the same score.
