@@ -7,7 +7,6 @@
 """
 
 import argparse
-import copy
 import csv
 import html
 import io
@@ -290,11 +289,11 @@ def evaluate(
 
     size, sigma: as for `VisualAD.predict`. workers: images that threads read ahead. native: compare pixels at
     an image's own size. pro: of `PixelHistogram`. root: what paths are told from. skip: a report to go on
-    from. keep: a JSON file for it after each class. heatmaps: a folder for strips. Raises ValueError.
+    from, which grows. keep: a JSON file for it, by class. heatmaps: a folder for strips. Raises ValueError.
     """
     size, (rank, world), device = model.input_size(size), ranks(), model.tokens.device
     high = len(model.layers)  # half of what a map can reach: full red
-    report: dict[str, Any] = dict(classes={}, mean={}, records=[], errors=[]) | copy.deepcopy(dict(skip))
+    report: dict[str, Any] = dict(classes={}, mean={}, records=[], errors=[]) | dict(skip)
 
     def sample(record: Record) -> tuple[str, int | None, Tensor, Tensor, Tensor | None] | None:
         name = Path(os.path.relpath(record.path, root)).as_posix().replace("../", "")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -18,8 +17,6 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 import visualad
 from visualad import Backbone, VisualAD
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would ignore it
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -118,6 +115,7 @@ def as_png(pixels: np.ndarray, **options) -> bytes:
 def seed() -> None:
     """Every test sees the same random numbers in every run."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # which weights/tiny.py turns on
 
 
 @pytest.fixture(scope="session")

@@ -140,13 +140,10 @@ def test_errors_are_one_line_and_a_status(images, capsys, arguments, status, mes
     assert message in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
 
 
-def test_a_device_that_is_not_there_is_named(capsys):
+def test_a_device_that_is_not_there_is_named_and_the_script_runs_without_docstrings(images, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["in/a.png", "--device", "gpu"])
     assert "--device: gpu: Expected one of cpu, cuda" in capsys.readouterr().err
-
-
-def test_the_script_runs_from_another_folder_and_without_docstrings(images):
     assert "in/a.png" in python("-OO", ROOT / "visualad.py", "in/a.png", folder=images)
 
 

@@ -316,6 +316,8 @@ def test_a_root_in_no_known_layout_is_told_what_was_looked_for(files, tmp_path, 
     for path, name in ((".", "nosuch"), (".", "kvasir"), ("gone", "auto"), ("test/a.png", "auto")):
         with pytest.raises((ValueError, OSError), match=re.escape(str(root / path))):
             read_dataset(root / path, name)
+    with pytest.raises(FileNotFoundError, match="gone is no folder"):
+        read_dataset("gone")
 
 
 @pytest.mark.parametrize("name", [name for name in REPLICAS if "=" in str(REPLICAS[name])])

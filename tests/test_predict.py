@@ -183,7 +183,7 @@ def test_the_threshold_decides_only_where_it_was_made(tiny):
     assert tiny.predict(picture()).anomalous is None
 
 
-@pytest.mark.parametrize("quantile, above", [(1.0, 0), (0.9, 1), (0.5, 5), (0.05, 9), (1e-12, 9)])
+@pytest.mark.parametrize("quantile, above", [(1.0, 0), (0.9, 1), (0.1 * 3, 7), (0.05, 9), (1e-12, 9)])
 def test_calibrate_sets_the_quantile_of_normal_scores_and_it_is_saved(tiny, quantile, above, tmp_path):
     normal, options = [picture(seed=i) for i in range(10)], dict(size=(80, 96), sigma=1.0)
     value = tiny.calibrate(normal, quantile, **options)
