@@ -527,7 +527,7 @@ def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
             return torch.hub.load_state_dict_from_url(url, folder, "cpu", file_name=name, **safe)
         if source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
             return huggingface_hub.hf_hub_download(source, file, **hub)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, of a checksum, of a damaged file in the cache
         cause = " ".join(str(error).split())
         raise FileNotFoundError(f"could not get {source}: {cause}; give a local path") from error
     if not path.exists():

@@ -155,14 +155,16 @@ def test_a_cut_wrong_or_missing_answer_leaves_nothing_and_the_next_is_whole(mirr
     with pytest.raises(FileNotFoundError, match=told.format("")):
         load(NAME, backbone_weights=CLIP, local_files_only=True)
     assert not mirror.asked
-    zeros = lambda body: bytes(len(body))  # noqa: E731
-    for cause, found, spoil in ((".*404", {}, None), ("", files, half), ("", files, zeros)):
+    for cause, found, spoil in ((".*404", {}, None), ("", files, half), ("", files, lambda x: bytes(len(x)))):
         mirror.files, mirror.spoil = found, spoil
         with pytest.raises(FileNotFoundError, match=told.format(cause)):
             load(NAME, backbone_weights=CLIP)
         assert os.listdir(tmp_path / "torch" / "checkpoints") == []
         mirror.heal()
     assert same(load(NAME, backbone_weights=CLIP), official)
+    next((tmp_path / "torch" / "checkpoints").iterdir()).write_bytes(b"version https://git-lfs")
+    with pytest.raises(FileNotFoundError, match=told.format("")):
+        load(NAME, backbone_weights=CLIP)
 
 
 def test_the_released_files_are_the_pinned_ones(monkeypatch, tmp_path):
