@@ -56,8 +56,8 @@ def paired(tops: list[Path], label: int | None | Callable, images: str, masks: s
         truth = [x for x in below(top, masks) if x.suffix.lower() in IMAGE_SUFFIXES]
         found = [x for x in sorted({*below(top, images)} - {*truth}) if x.suffix.lower() in IMAGE_SUFFIXES]
         own: dict[str, list[Path]] = {path.stem: [] for path in found}
-        if truth and len(own) < len(found):
-            raise ValueError("images share a stem, so that masks cannot be told apart")
+        if truth and label != 0 and len(own) < len(found):
+            raise ValueError(f"images share a stem below {top}, so that masks cannot be told apart")
         many = any(mask.parent.name in own and "ground_truth" not in mask.parents[1].name for mask in truth)
         for mask in truth:
             stem = re.sub("_(mask|label|gt)$", "", mask.stem, flags=re.IGNORECASE)

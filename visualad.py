@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -485,6 +486,7 @@ def read_json(weights: Weights) -> dict[str, Any]:
     told = dict(activation=vision.get("hidden_act"), heads=vision.get("num_attention_heads"))
     if clip:  # of open_clip, whose weights are of plain GELU unless it says otherwise
         told["activation"] = "quick_gelu" if clip.get("quick_gelu") else "gelu"
+        told["heads"] = clip["vision_cfg"]["width"] // clip["vision_cfg"].get("head_width", 64)
     told |= {name: found.get(f"image_{name}", pixels.get(name)) for name in ("mean", "std")}
     return {name: tuple(x) if isinstance(x, list) else x for name, x in told.items() if x}
 
@@ -511,8 +513,6 @@ def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
     Raises FileNotFoundError."""
     import huggingface_hub
 
-    if unknown := hub.keys() - {"token", "cache_dir", "revision", "local_files_only", "force_download"}:
-        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
     path, bundled = Path(source), "weights/tiny.safetensors"
     if source == "tiny":  # beside this file in a clone, or where pip puts it
         path = next(Path(__file__).parent.glob(f"*{bundled}"), Path(bundled))
@@ -527,7 +527,7 @@ def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
             return torch.hub.load_state_dict_from_url(url, folder, "cpu", file_name=name, **safe)
         if source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
             return huggingface_hub.hf_hub_download(source, file, **hub)
-    except Exception as error:  # of the network, of a checksum, of a damaged file in the cache
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # these two: damaged in the cache
         cause = " ".join(str(error).split())
         raise FileNotFoundError(f"could not get {source}: {cause}; give a local path") from error
     if not path.exists():
@@ -628,7 +628,7 @@ def to_tensor(image: Any) -> Tensor:
     got = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', ()))}"
     if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "uf":
         # A copy: the caller's array may be read-only, reversed or in another byte order.
-        image = np.atleast_3d(image).astype(image.dtype.newbyteorder("="), order="C")
+        image = np.atleast_3d(np.asarray(image)).astype(image.dtype.newbyteorder("="), order="C")
         image = torch.from_numpy(image).movedim(-1, 0)
         image = image.repeat(3, 1, 1) if len(image) == 1 else image
         image = image.float() / 65535 if image.dtype == torch.uint16 else image
@@ -740,6 +740,8 @@ class VisualAD(VisualADNet):
         """Loads what was learned from `state`, the backbone from there, its weights or where it is hosted.
         norm: "backbone" or "checkpoint", as of `from_pretrained`. Raises ValueError, FileNotFoundError."""
         cfg = self.backbone.cfg
+        if unknown := hub.keys() - {"token", "cache_dir", "revision", "local_files_only", "force_download"}:
+            raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
         if any(key.startswith("backbone.") for key in state):
             weights = state
         elif weights is None:
@@ -867,9 +869,10 @@ class VisualAD(VisualADNet):
 def find_device(name: str = "") -> str:
     """The device of that name, or the best there is. Raises ArgumentTypeError where it is not to be had."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name or best)
-    except (RuntimeError, AssertionError) as error:
+    try:  # without touching it: under torchrun each rank has its own
+        if torch.device(name or best).type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no CUDA device is available")
+    except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{name}: {error}") from error
     return name or best
 
