@@ -331,7 +331,7 @@ def evaluate(
             report["mean"][name] = sum(values) / len(values) if values else None
         report["mean"]["images"] = len(report["records"])
         if keep and rank == 0:
-            write_atomic(keep, json.dumps(report, indent=2, allow_nan=False, default=str).encode())
+            write_atomic(keep, json.dumps(report, indent=2, allow_nan=False).encode())
     return report
 
 
@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data_flags(parser)
     visualad.model_flags(parser)
     add = parser.add_argument
-    add("--pro", default="exact", choices=("exact", "published"), help="on one set 0.765 and 0.770")
+    add("--pro", default="exact", choices=("exact", "published"), help="AUPRO; on one set 0.765 and 0.770")
     add("--native", action="store_true", help="compare pixels at each image's own size, not the network's")
     add("--workers", type=int, default=16, metavar="N", help="images that threads read ahead (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write settings, metrics and scores, after each class")
