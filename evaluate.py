@@ -210,15 +210,13 @@ class PixelHistogram:
         self.extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=device)  # -min, max
 
     def update(self, maps: Tensor | np.ndarray, masks: Tensor | np.ndarray) -> None:
-        """maps: float [B, H, W] in [low, high]; masks: the same shape, bool, or 0 and 1: anomalous pixels.
-        Tensors or arrays. Raises ValueError for anything else, also for a value outside the range."""
+        """maps: float [B, H, W] in [low, high]; masks: the same shape, not 0 where pixels are anomalous.
+        Tensors or arrays. Raises ValueError for other shapes and for a value outside the range."""
         maps, masks = (torch.as_tensor(x, device=self.counts.device).detach() for x in (maps, masks))
         low, high = maps.aminmax()
-        sound = maps.ndim == 3 and maps.shape == masks.shape and maps.is_floating_point()
-        sound &= masks.dtype == torch.bool or bool(((masks == 0) | (masks == 1)).all())
-        if not (sound and self.low <= low and high <= self.high):
-            got = f"{maps.dtype} {[*maps.shape]} from {low} to {high}, {masks.dtype} {[*masks.shape]}"
-            raise ValueError(f"wanted maps [B, H, W] in {self.low, self.high}, masks 0 or 1, got {got}")
+        if maps.ndim != 3 or maps.shape != masks.shape or not self.low <= low <= high <= self.high:
+            got = f"{[*maps.shape]} from {low} to {high}, masks {[*masks.shape]}"
+            raise ValueError(f"wanted maps [B, H, W] in {self.low, self.high} and their masks, got {got}")
         for values, mask in zip(maps.split(1), masks.bool().split(1), strict=True):  # one stays in the cache
             place = (values.double() - self.low).mul_(self.scale).long().clamp_(max=self.bins - 1)
             both = (place + self.bins * mask).flatten()  # self.counts[0] or, where the mask is true, [1]
@@ -280,16 +278,16 @@ def gather(value: Any) -> list[Any]:
 
 def evaluate(
     model: VisualAD, records: Sequence[Record], *, size: int | Sequence[int] | None = None,
-    sigma: float | None = None, batch_size: int = 8, workers: int = 16, native: bool = False,
-    pro: str = "exact", root: str | os.PathLike = ".", skip: Mapping[str, Any] | tuple = (),
-    keep: Path | None = None, heatmaps: Path | None = None,
+    sigma: float | None = None, batch_size: int = 8, native: bool = False, pro: str = "exact",
+    root: str | os.PathLike = ".", skip: Mapping[str, Any] | tuple = (), keep: Path | None = None,
+    heatmaps: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores records, with torchrun each rank a share -> {"classes": {class: {metric: value or None,
     "images": n}}, "mean": the same, "records": [{path, class, label, score}], "errors": [{path, error}]}.
 
-    size, sigma: as for `VisualAD.predict`. workers: images that threads read ahead. native: compare pixels at
-    an image's own size. pro: of `PixelHistogram`. root: what paths are told from. skip: a report to go on
-    from, which grows. keep: a JSON file for it, by class. heatmaps: a folder for strips. Raises ValueError.
+    size, sigma, batch_size: as for `VisualAD.predict`. native: compare pixels at an image's own size. pro: of
+    `PixelHistogram`. root: what paths are told from. skip: a report to go on from, which grows. keep: a JSON
+    file for it, by class. heatmaps: a folder for strips. Raises ValueError.
     """
     size, (rank, world), device = model.input_size(size), ranks(), model.tokens.device
     high = len(model.layers)  # half of what a map can reach: full red
@@ -309,7 +307,8 @@ def evaluate(
     for cls in sorted({record.cls for record in records} - report["classes"].keys()):
         mine, rows, errors = [record for record in records if record.cls == cls][rank::world], [], []
         pixels = PixelHistogram(-2 * high, 2 * high, device="cpu" if device.type == "mps" else device)
-        ready = filter(None, tqdm(ahead(sample, mine, workers), cls, len(mine), disable=rank > 0 or None))
+        bar = tqdm(ahead(sample, mine, 2 * batch_size), cls, len(mine), disable=rank > 0 or None)
+        ready = filter(None, bar)
         while batch := list(islice(ready, batch_size)):
             maps, scores = model.infer(torch.stack([small for *_, small, _ in batch]).to(device), sigma)
             for (name, label, image, _, mask), heat, score in zip(batch, maps, scores.tolist(), strict=True):
@@ -410,7 +409,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--pro", default="exact", choices=("exact", "published"), help="AUPRO; on one set 0.765 and 0.770")
     add("--native", action="store_true", help="compare pixels at each image's own size, not the network's")
-    add("--workers", type=int, default=16, metavar="N", help="images that threads read ahead (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write settings, metrics and scores, after each class")
     add("--resume", action="store_true", help="skip the classes that --json holds")
     add("--heatmaps", type=Path, metavar="FOLDER", help="write image, mask, heatmap of each; index.html")
@@ -420,15 +418,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     model, options = visualad.load_model(args)
     dataset, records = load_data(args)
-    names = vars(args).keys() - {"workers", "device", "json", "resume", "heatmaps"}
+    names = vars(args).keys() - {"device", "json", "resume", "heatmaps"}
     settings = {name: getattr(args, name) for name in sorted(names)} | options | dict(dataset=dataset)
     settings = json.loads(json.dumps(settings, default=str))
     old = json.loads(args.json.read_text()) if args.resume and args.json and args.json.is_file() else {}
     if other := [name for name in settings if old and old["settings"].get(name) != settings[name]]:
         raise ValueError(f"{args.json} was made with another {', '.join(other)}")
-    report = evaluate(model, records, **options, workers=args.workers, native=args.native, pro=args.pro,
-                      root=args.data, keep=args.json, heatmaps=args.heatmaps,
-                      skip=dict(settings=settings) | old)  # fmt: skip
+    report = evaluate(model, records, **options, native=args.native, pro=args.pro, root=args.data,
+                      keep=args.json, heatmaps=args.heatmaps, skip=dict(settings=settings) | old)  # fmt: skip
     if ranks()[0] == 0:
         print(table(report, args.pro))
         if args.heatmaps:

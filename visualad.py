@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -425,17 +424,16 @@ def read_tensors(weights: Weights) -> tuple[dict[str, Tensor], Mapping[str, Any]
             return flatten({key: file.get_tensor(key) for key in file.keys()}), file.metadata() or {}
     except FileNotFoundError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a text file torch says "pop from empty list"
         raise ValueError(f"{path} cannot be read as weights: {type(error).__name__}") from error
 
 
-def flatten(state: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dicts and lists, fp32, under dotted names; what is no tensor is left out."""
-    if isinstance(state, Tensor):
-        return {name: state.detach().float()}
-    state = dict(enumerate(state)) if isinstance(state, (list, tuple)) else state
-    inner = state.items() if isinstance(state, Mapping) else ()
-    return {k: x for key, y in inner for k, x in flatten(y, f"{name}.{key}".lstrip(".")).items()}
+def flatten(state: Mapping, start: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dicts, fp32, under dotted names; what is no tensor is left out."""
+    tensors = {f"{start}{key}": x.detach().float() for key, x in state.items() if isinstance(x, Tensor)}
+    for key, inner in state.items():
+        tensors |= flatten(inner, f"{start}{key}.") if isinstance(inner, Mapping) else {}
+    return tensors
 
 
 def backbone_state(weights: Weights) -> dict[str, Tensor]:
@@ -508,26 +506,25 @@ def read_fields(weights: Weights) -> dict[str, Any]:
     return fields | (GATED if len(state["blocks.0.fc1.weight"]) == 2 * hidden else {})
 
 
-def locate(source: str, file: str, hub: Mapping[str, Any]) -> Weights:
-    """What `read_tensors` takes, of a name in `PRETRAINED`, a Hugging Face repo that holds `file`, or a path.
+def locate(source: str, file: str, hub: Mapping[str, Any]) -> Path:
+    """The file or folder of a name in `PRETRAINED`, of a Hugging Face repo that holds `file`, or of a path.
     Raises FileNotFoundError."""
     import huggingface_hub
 
     path, bundled = Path(source), "weights/tiny.safetensors"
-    if source == "tiny":  # beside this file in a clone, or where pip puts it
-        path = next(Path(__file__).parent.glob(f"*{bundled}"), Path(bundled))
     try:
-        if sha256 := PRETRAINED.get(source):
-            folder = hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints"
-            name = f"visualad-{source}-{sha256}.pth"  # torch.hub takes the checksum from it
-            if hub.get("local_files_only") and not Path(folder, name).exists():
-                raise FileNotFoundError(f"it is not in {folder}")
-            url = f"{HOST}/weight/train_on_{source.rpartition('-')[2]}/CLIP.pth"
-            safe = dict(check_hash=True, weights_only=True)
-            return torch.hub.load_state_dict_from_url(url, folder, "cpu", file_name=name, **safe)
-        if source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
-            return huggingface_hub.hf_hub_download(source, file, **hub)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # these two: damaged in the cache
+        if source == "tiny":  # beside this file in a clone, or where pip puts it
+            path = next(Path(__file__).parent.glob(f"*{bundled}"), Path(bundled))
+        elif sha256 := PRETRAINED.get(source):
+            folder = Path(hub.get("cache_dir") or f"{torch.hub.get_dir()}/checkpoints")
+            path = folder / f"visualad-{source}-{sha256}.pth"
+            if not path.exists() and not hub.get("local_files_only"):
+                folder.mkdir(parents=True, exist_ok=True)
+                url = f"{HOST}/weight/train_on_{source.rpartition('-')[2]}/CLIP.pth"
+                torch.hub.download_url_to_file(url, str(path), sha256)
+        elif source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
+            path = Path(huggingface_hub.hf_hub_download(source, file, **hub))
+    except (OSError, RuntimeError) as error:
         cause = " ".join(str(error).split())
         raise FileNotFoundError(f"could not get {source}: {cause}; give a local path") from error
     if not path.exists():
@@ -541,9 +538,9 @@ def read_model(source: str, backbone_weights: Weights | None, hub: Mapping[str, 
     if "features_list" not in data and "config" not in data:
         raise ValueError(f"{source} is no VisualAD model; a backbone alone goes in as backbone_weights")
     if "config" in data:
-        config = dict(final_norm="checkpoint") | json.loads(data["config"])
+        config = json.loads(data["config"])
         fields = {key: tuple(x) if isinstance(x, list) else x for key, x in config["backbone"].items()}
-        return config | dict(backbone=Backbone(**{"sigma": config["sigma"]} | fields)), state
+        return config | dict(backbone=Backbone(**fields), final_norm="checkpoint"), state
     name = "clip-" + data["backbone"].lower().replace("/", "").replace("@", "-").removesuffix("px")
     if name not in BACKBONES and backbone_weights is None:
         raise ValueError(f"{source} is for {data['backbone']!r}, not listed here: pass backbone_weights=PATH")
@@ -575,8 +572,8 @@ def images_below(folder: Path, without: Path | None = None) -> list[Path]:
     """The images in a folder and below, sorted; not those that are hidden or below `without`."""
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
-    inside = without is not None and folder.absolute() in (without.absolute(), *without.absolute().parents)
-    paths = [path for path in paths if not inside or without.absolute() not in path.absolute().parents]
+    if without and without.absolute() not in folder.absolute().parents:
+        paths = [path for path in paths if without.absolute() not in path.absolute().parents]
     if not paths:
         raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return paths
@@ -686,7 +683,7 @@ def overlay(image: Any, map: np.ndarray | Tensor, *, low: float = 0.0, high: flo
 class Prediction(NamedTuple):
     score: float  # mean of the brightest 1 % of the smoothed map, at the network's input size
     map: np.ndarray  # [H, W] of the image, float32, smoothed
-    anomalous: bool | None  # score > threshold; None without a threshold for this size and sigma
+    anomalous: bool | None  # score > threshold; None without a threshold
 
 
 class VisualAD(VisualADNet):
@@ -694,7 +691,7 @@ class VisualAD(VisualADNet):
     `save_pretrained` keeps it; `forward` and `infer` take tensors. A state_dict holds tensors alone: `sigma`
     and `threshold` are attributes, which save_pretrained, pickle and deepcopy keep."""
 
-    threshold: dict[str, Any] | None = None  # value, the size and sigma it holds for, how it was made
+    threshold: float | None = None  # of the score, for the size and sigma that it was made with
 
     @classmethod
     def from_backbone(
@@ -731,8 +728,7 @@ class VisualAD(VisualADNet):
         with torch.device("meta"):  # no random numbers that are overwritten at once
             model = cls(config["backbone"], config["layers"], config["anchors"], config["image_size"])
         model.fill(state, backbone_weights, norm, hub).sigma = config["sigma"]
-        if norm == "checkpoint":
-            model.threshold = config["threshold"]
+        model.threshold = config["threshold"] if norm == config["final_norm"] else None
         model.backbone.to(dtype=dtype)
         return model.to(device or torch.get_default_device()).eval()
 
@@ -768,9 +764,9 @@ class VisualAD(VisualADNet):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
 
     def save_pretrained(self, folder: str | os.PathLike, *, repo_id: str = "", notes: str = "") -> None:
-        """Writes model.safetensors, complete in itself, config.json, a copy of what stands in its header, and
-        README.md, a card with `notes`, if there is none. The backbone goes in if it is hosted nowhere or
-        was tuned, that is, has parameters that require gradients."""
+        """Writes model.safetensors, complete in itself by its header, and README.md, a card with `notes`, if
+        there is none. The backbone goes in if it is hosted nowhere or was tuned, that is, has parameters
+        that require gradients."""
         from huggingface_hub import ModelCardData
         from safetensors.torch import save
 
@@ -779,7 +775,6 @@ class VisualAD(VisualADNet):
         names = ("layers", "anchors", "image_size", "sigma", "threshold")
         config = {name: getattr(self, name) for name in names}
         config["backbone"] = asdict(cfg if hosted else replace(cfg, repo=None))
-        config = json.dumps(config, indent=2)
         if not (folder / "README.md").exists():
             data = ModelCardData(license="mit", pipeline_tag="image-segmentation", library_name="visualad")
             data.base_model, data.tags = cfg.repo, ["anomaly-detection"]
@@ -787,10 +782,10 @@ class VisualAD(VisualADNet):
             text += "Zero-shot anomaly detection (arXiv:2603.07952). Score, map and verdict of an image:\n"
             text += f'`VisualAD.from_pretrained("{repo_id or folder}").predict("photo.jpg")`\n\n{notes}\n'
             write_atomic(folder / "README.md", text.encode())
-        write_atomic(folder / "config.json", config.encode())
         state = self.learned() if hosted else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
-        write_atomic(folder / "model.safetensors", save(state, {"format": "pt", "config": config}))
+        header = {"format": "pt", "config": json.dumps(config)}
+        write_atomic(folder / "model.safetensors", save(state, header))
 
     def push_to_hub(self, repo_id: str, *, notes: str = "", private: bool = False, **upload: Any) -> str:
         """Uploads what `save_pretrained` writes and returns the commit's address. upload: a token, arguments
@@ -819,8 +814,6 @@ class VisualAD(VisualADNet):
         size, sigma = self.input_size(size), self.sigma if sigma is None else sigma
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        made = self.threshold  # another size or sigma gives other scores
-        limit = made["value"] if made and [*made["size"], made["sigma"]] == [*size, sigma] else None
 
         def prepare(image: Any) -> tuple[Tensor, torch.Size]:
             image = to_tensor(image)
@@ -835,7 +828,7 @@ class VisualAD(VisualADNet):
                 raise ValueError("scores are not finite: damaged weights, or a dtype too narrow for them")
             for small, score, (_, own) in zip(maps, scores.tolist(), batch, strict=True):
                 heat = upsample(small[None, None].float(), own)[0, 0].cpu().numpy()
-                yield Prediction(score, heat, None if limit is None else score > limit)
+                yield Prediction(score, heat, None if self.threshold is None else score > self.threshold)
 
     def predict(self, images: Any, **options: Any) -> Prediction | list[Prediction]:
         """One `Prediction` for one image, else a list in order. Arguments and errors are `predict_iter`'s."""
@@ -851,30 +844,22 @@ class VisualAD(VisualADNet):
 
     def calibrate(self, normal_images: Any, quantile: float = 0.99, **options: Any) -> float:
         """Sets `threshold` just above the score that this quantile of normal images keeps to; returns it.
-        n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. options: of `predict`."""
-        if not 0 < quantile <= 1:
-            raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
-        scores = sorted(prediction.score for prediction in self.predict_iter(normal_images, **options))
+        n images cannot hold false alarms below about 1 / (n + 1): for 1 % take 100. options: of `predict`;
+        decide with the same. Raises ValueError."""
+        import numpy as np
+
+        scores = [prediction.score for prediction in self.predict_iter(normal_images, **options)]
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
-        place = max(math.ceil(quantile * len(scores) - 1e-9), 1)  # 0.07 * 100 is a little more than 7
-        value = scores[place - 1] + 1e-5  # an image in another batch has other last digits
-        size, sigma = self.input_size(options.get("size")), options.get("sigma")
-        sigma, made = self.sigma if sigma is None else sigma, f"{quantile:g} of {len(scores)} normal images"
-        self.threshold = dict(value=value, size=[*size], sigma=float(sigma), made=made)
-        return value
+        value = float(np.quantile(scores, quantile, method="inverted_cdf"))
+        self.threshold = value + 1e-5  # an image in another batch has other last digits
+        return self.threshold
 
 
 # --- 9. command line -------------------------------------------------------------------------------------
-def find_device(name: str = "") -> str:
-    """The device of that name, or the best there is. Raises ArgumentTypeError where it is not to be had."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:  # without touching it: under torchrun each rank has its own
-        if torch.device(name or best).type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("no CUDA device is available")
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
-    return name or best
+def find_device() -> str:
+    """The accelerator of this machine, such as "cuda" or "mps", else "cpu"."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -885,7 +870,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, help="of the smoothing, in pixels of the input; default: the model's")
-    add("--device", type=find_device, default=find_device(), help="(%(default)s)")
+    add("--device", default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the backbone")
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
 
@@ -907,16 +892,15 @@ def run(args: argparse.Namespace) -> int:
     model, options = load_model(args)
     if args.calibrate:
         model.calibrate(images_below(args.calibrate, args.out), **options)
-    if args.threshold is not None:
-        size, sigma = options["size"], options["sigma"]
-        model.threshold = dict(value=args.threshold, size=size, sigma=sigma, made="by hand")
-    images, failed = [], {}
+    elif args.threshold is not None:
+        model.threshold = args.threshold
+    images, errors = [], []
 
     def read(path: Path) -> tuple[Path, Tensor] | None:
         try:
             return path, to_tensor(path)
         except (ValueError, OSError) as error:
-            failed[path] = str(error)
+            errors.append(dict(path=str(path), error=str(error)))
             tqdm.write(f"{'-':>8}  {'ERROR':9}  {path}: {error}", file=sys.stderr)
 
     print(f"{'score':>8}  {'verdict':9}  image")
@@ -935,13 +919,12 @@ def run(args: argparse.Namespace) -> int:
     finally:  # also when interrupted: what was found is not lost
         if args.json:
             settings = options | dict(threshold=model.threshold)
-            errors = [dict(path=str(path), error=failed[path]) for path in files if path in failed]
+            errors.sort(key=lambda error: error["path"])
             report = dict(model=args.model, settings=settings, images=images, errors=errors)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
-    verdicts = [image["anomalous"] for image in images if image["anomalous"] is not None]
-    told = "no threshold" if images and not verdicts else f"{sum(verdicts)} anomalous"
-    print(f"{len(images)} images, {told}, {len(failed)} unreadable; heatmaps in {args.out}")
-    return 1 if failed else 0
+    told = "no threshold" if model.threshold is None else f"{sum(x['anomalous'] for x in images)} anomalous"
+    print(f"{len(images)} images, {told}, {len(errors)} unreadable; heatmaps in {args.out}")
+    return 1 if errors else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,8 +63,8 @@ def test_images_below_out_are_not_read(images):
     limits = []
     for _ in range(2):  # the second time heatmaps lie there
         found = report(".", "--calibrate", ".")
-        limits.append(found["settings"]["threshold"]["value"])
-        assert len(found["images"]) == 4 and "4 normal images" in found["settings"]["threshold"]["made"]
+        limits.append(found["settings"]["threshold"])
+        assert len(found["images"]) == 4
     assert limits[0] == limits[1]
     assert len(report("in", "--out", ".")["images"]) == 4  # nor hidden, where --out lies around them
 
@@ -92,13 +92,15 @@ def test_thresholds_come_from_the_command_line_or_from_normal_images(images, cap
     assert verdicts("--threshold", "-9") == [True] * 4 and verdicts("--threshold", "9") == [False] * 4
     found = report("in", "--threshold", "-5e-05")  # no flag
     assert column(found, "anomalous") == [score > -5e-05 for score in column(found, "score")]
-    assert found["settings"]["threshold"]["value"] == -5e-05
-    assert verdicts("--size", "80") == [None] * 4  # the model's own is for another size
+    assert found["settings"]["threshold"] == -5e-05
+    model = VisualAD.from_pretrained("tiny")
+    model.threshold = None
+    model.save_pretrained("free")
+    assert verdicts("--model", "free") == [None] * 4
     assert "4 images, no threshold, 0 unreadable" in capsys.readouterr().out
-    assert verdicts("--size", "80", "--threshold", "9") == [False] * 4
-    assert verdicts("--calibrate", "in") == [False] * 4
-    made = report("in", "--calibrate", "in", "--size", "80x96", "--sigma", "2")["settings"]["threshold"]
-    assert made["size"] == [80, 96] and made["sigma"] == 2.0 and "4 normal" in made["made"]
+    found = report("in", "--calibrate", "in", "--size", "80x96", "--sigma", "2")
+    assert column(found, "anomalous") == [False] * 4
+    assert found["settings"]["threshold"] == pytest.approx(max(column(found, "score")) + 1e-5, abs=1e-6)
 
 
 def test_size_sigma_dtype_model_and_norm_reach_the_model(images):
@@ -140,16 +142,13 @@ def test_errors_are_one_line_and_a_status(images, capsys, arguments, status, mes
     assert message in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
 
 
-def test_a_device_that_is_not_there_is_named_and_the_script_runs_without_docstrings(images, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["in/a.png", "--device", "gpu"])
-    assert "--device: gpu: Expected one of cpu, cuda" in capsys.readouterr().err
+def test_the_script_runs_without_docstrings(images):
     assert "in/a.png" in python("-OO", ROOT / "visualad.py", "in/a.png", folder=images)
 
 
 FLAGS = dict(
     visualad="model size sigma device dtype out json threshold calibrate",
-    evaluate="data dataset classes limit native pro json resume heatmaps workers model size device",
+    evaluate="data dataset classes limit native pro json resume heatmaps model size device",
     train="data backbone model out epochs synthetic resume eval device",
 )
 

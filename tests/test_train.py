@@ -168,7 +168,7 @@ def data(tmp_path_factory) -> Path:
     root = write_mvtec(tmp_path_factory.mktemp("data") / "nuts", nut=dict(cut=7, good=6))
     torch.manual_seed(0)
     model = VisualAD(SMALL)
-    model.threshold = dict(value=1.0, size=[56, 56], sigma=4.0, made="before")
+    model.threshold = 1.0
     model.save_pretrained(root.parent / "start")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so little work is sooner done than shared out
