@@ -213,7 +213,7 @@ class PixelHistogram:
         """maps: float [B, H, W] in [low, high]; masks: the same shape, not 0 where pixels are anomalous.
         Tensors or arrays. Raises ValueError for other shapes and for a value outside the range."""
         maps, masks = (torch.as_tensor(x, device=self.counts.device).detach() for x in (maps, masks))
-        low, high = maps.aminmax()
+        low, high = (x.double() for x in maps.aminmax())
         if maps.ndim != 3 or maps.shape != masks.shape or not self.low <= low <= high <= self.high:
             got = f"{[*maps.shape]} from {low} to {high}, masks {[*masks.shape]}"
             raise ValueError(f"wanted maps [B, H, W] in {self.low, self.high} and their masks, got {got}")
@@ -222,7 +222,7 @@ class PixelHistogram:
             both = (place + self.bins * mask).flatten()  # self.counts[0] or, where the mask is true, [1]
             self.counts.view(-1).scatter_add_(0, both, both.new_ones(1).expand(len(both)))
             self.counts[2].scatter_add_(0, place[mask], region_weights(mask))
-        self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]).double())
+        self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]))
 
     def all_reduce(self) -> None:
         """Adds up the histograms of all ranks, on each of them."""
@@ -246,7 +246,7 @@ class PixelHistogram:
             rate, overlap = np.append(rate[points], 0.3), np.append(overlap[points], end)
         elif pro == "published":
             low, high = self.extremes.cpu().numpy() * (-1, 1)
-            limits = low + np.arange(200) * ((high - low) / 200)
+            limits = np.linspace(low, high, 200, endpoint=False)
             limits = (limits - self.low) * self.scale - 0.5  # 0: the middle of the first bin
             limits[0] = used[-1]  # what exceeds the minimum: all bins but the last
             points = len(used) - np.searchsorted(used[::-1], limits, side="right")
@@ -293,7 +293,7 @@ def evaluate(
     high = len(model.layers)  # half of what a map can reach: full red
     report: dict[str, Any] = dict(classes={}, mean={}, records=[], errors=[]) | dict(skip)
 
-    def sample(record: Record) -> tuple[str, int | None, Tensor, Tensor, Tensor | None] | None:
+    def sample(record: Record) -> tuple[Tensor, dict[str, Any], Tensor, Tensor | None] | None:
         name = Path(os.path.relpath(record.path, root)).as_posix().replace("../", "")
         try:
             image, mask = read(record)
@@ -302,7 +302,8 @@ def evaluate(
             errors.append(dict(path=name, error=str(error)))
             return None
         label = record.label if record.label is not None or mask is None else int(mask.any())
-        return name, label, image, resize(image, size), mask if mask is None or native else shrink(mask, size)
+        row = {"path": name, "class": record.cls, "label": label}
+        return resize(image, size), row, image, mask if mask is None or native else shrink(mask, size)
 
     for cls in sorted({record.cls for record in records} - report["classes"].keys()):
         mine, rows, errors = [record for record in records if record.cls == cls][rank::world], [], []
@@ -310,14 +311,14 @@ def evaluate(
         bar = tqdm(ahead(sample, mine, 2 * batch_size), cls, len(mine), disable=rank > 0 or None)
         ready = filter(None, bar)
         while batch := list(islice(ready, batch_size)):
-            maps, scores = model.infer(torch.stack([small for *_, small, _ in batch]).to(device), sigma)
-            for (name, label, image, _, mask), heat, score in zip(batch, maps, scores.tolist(), strict=True):
+            maps, scores = model.infer(torch.stack([small for small, *_ in batch]).to(device), sigma)
+            for (_, row, image, mask), heat, score in zip(batch, maps, scores.tolist(), strict=True):
                 heat = upsample(heat[None, None], image.shape[1:])[0, 0] if native else heat
-                rows.append({"path": name, "class": cls, "label": label, "score": score})
+                rows.append(row | dict(score=score))
                 if mask is not None:
                     pixels.update(heat[None], mask[None])
                 if heatmaps:
-                    write_atomic(heatmaps / f"{name}.png", strip(image, heat.cpu(), mask, high))
+                    write_atomic(heatmaps / f"{row['path']}.png", strip(image, heat.cpu(), mask, high))
         pixels.all_reduce()
         rows, errors = (sorted(sum(gather(x), []), key=lambda row: row["path"]) for x in (rows, errors))
         report["records"] += rows
@@ -416,13 +417,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.heatmaps and Path(os.path.abspath(args.data)) in Path(os.path.abspath(args.heatmaps)).parents:
+        raise ValueError("--heatmaps must lie outside --data, where the next run would read them as images")
     model, options = visualad.load_model(args)
     dataset, records = load_data(args)
-    names = vars(args).keys() - {"device", "json", "resume", "heatmaps"}
-    settings = {name: getattr(args, name) for name in sorted(names)} | options | dict(dataset=dataset)
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = {k: x for k, x in vars(args).items() if k not in ("device", "json", "resume", "heatmaps")}
+    settings = json.loads(json.dumps(settings | options | dict(dataset=dataset), default=str))
     old = json.loads(args.json.read_text()) if args.resume and args.json and args.json.is_file() else {}
-    if other := [name for name in settings if old and old["settings"].get(name) != settings[name]]:
+    if other := [name for name in settings if old and old.get("settings", {}).get(name) != settings[name]]:
         raise ValueError(f"{args.json} was made with another {', '.join(other)}")
     report = evaluate(model, records, **options, native=args.native, pro=args.pro, root=args.data,
                       keep=args.json, heatmaps=args.heatmaps, skip=dict(settings=settings) | old)  # fmt: skip

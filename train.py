@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=111, help="(%(default)s)")
     what = "paint defects on every second normal image; only: and leave the real anomalous ones out"
     add("--synthetic", nargs="?", choices=("mix", "only"), const="mix", help=what)
-    add("--device", default=find_device(), help="(%(default)s)")
+    add("--device", type=find_device, default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen backbone; default: by the hardware")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--eval", type=Path, metavar="ROOT", help="score this dataset after each epoch")

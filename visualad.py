@@ -391,11 +391,11 @@ OFFICIAL_NAMES = {  # what stands in the names of the authors' tensors, and in o
 CLS = r"(?:embeddings\.)?(?:class_embedding|cls_token)"
 DROPPED = r"proj|(visual_projection|head|local_cls_norm)\..*|.*(mask_token|position_ids|bias_mask|periods)"
 SPELLINGS = [
-    (r"\b_\w+\.|^embeddings\.|\b(self_)?attn\.|\battention\.|\bmlp\.|^patch_embed\.(?=stem)", ""),
+    (r"\b_\w+\.|^embeddings\.|\b(self_)?attn\.|\battention\.|\bmlp\.", ""),
     (r"^(transformer\.resblocks|encoder\.layers?|(model\.)?layer|blocks\.\d+)(?=\.\d+\.)", "blocks"),
     (r"\.(projection|gamma|lambda1)\b", ""), (r"class_embedding", "cls_token"),
     (r"position(al)?_embeddings?(\.weight)?", "pos_embed"), (r"reg_token|storage_tokens", "register_tokens"),
-    (r"^stem", "patch_embed.stem"), (r"^(conv1|patch_embed(ding)?s?(\.proj)*)(?=\.\w+$)", "patch_embed.proj"),
+    (r"^(conv1|patch_embed(ding)?s?(\.proj)*)(?=\.\w+$)", "patch_embed.proj"),
     (r"pre_layrnorm|ln_pre", "norm_pre"), (r"post_layernorm|ln_post|^layernorm", "norm"),
     (r"ln_(?=\d)|layer_norm", "norm"), (r"layer_scale|gamma_", "ls"), (r"in_proj_", "qkv."),
     (r"\b([qkv])(_proj\.|uery\.|ey\.|alue\.|_(?=bias))", r"qkv.\1."), (r"c_fc|w12|weights_in", "fc1"),
@@ -428,12 +428,13 @@ def read_tensors(weights: Weights) -> tuple[dict[str, Tensor], Mapping[str, Any]
         raise ValueError(f"{path} cannot be read as weights: {type(error).__name__}") from error
 
 
-def flatten(state: Mapping, start: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dicts, fp32, under dotted names; what is no tensor is left out."""
-    tensors = {f"{start}{key}": x.detach().float() for key, x in state.items() if isinstance(x, Tensor)}
-    for key, inner in state.items():
-        tensors |= flatten(inner, f"{start}{key}.") if isinstance(inner, Mapping) else {}
-    return tensors
+def flatten(state: Any, name: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dicts and lists, fp32, under dotted names; what is no tensor is left out."""
+    if isinstance(state, Tensor):
+        return {name: state.detach().float()}
+    state = dict(enumerate(state)) if isinstance(state, (list, tuple)) else state
+    inner = state.items() if isinstance(state, Mapping) else ()
+    return {k: x for key, y in inner for k, x in flatten(y, f"{name}.{key}".lstrip(".")).items()}
 
 
 def backbone_state(weights: Weights) -> dict[str, Tensor]:
@@ -494,12 +495,11 @@ def read_fields(weights: Weights) -> dict[str, Any]:
     state = backbone_state(weights)
     width, hidden = state["cls_token"].shape[2], state["blocks.0.fc2.weight"].shape[1]
     registers, rows = state["register_tokens"].shape[1], state.get("pos_embed", torch.zeros(1, 0)).shape[1]
-    fields, heads = REG if registers else {}, {1280: 16, 1408: 16, 1664: 16}  # where they are not 64 wide
-    if not rows:
-        fields, heads = DINOV3, {4096: 32}
-    elif "norm_pre.weight" in state:  # OpenAI's CLIP, but of these widths LAION's
-        fields = CLIP | (dict(activation="gelu") if width in heads else {})
-    fields = fields | dict(width=width, heads=heads.get(width, width // 64 or 1), registers=registers)
+    heads = {1280: 16, 1408: 16, 1664: 16} if rows else {4096: 32}  # by width, where they are not 64 wide
+    family = DINOV3 if not rows else REG if registers else {}
+    if "norm_pre.weight" in state:  # OpenAI's CLIP, but of these widths LAION's
+        family = CLIP | (dict(activation="gelu") if width in heads else {})
+    fields = family | dict(width=width, heads=heads.get(width, width // 64 or 1), registers=registers)
     fields |= dict(depth=sum(".fc2.weight" in key for key in state), grid=math.isqrt(max(rows - 1, 0)))
     fields |= dict(hidden=hidden if hidden != 4 * width else None, layer_scale="blocks.0.ls1" in state)
     fields |= dict(patch=state["patch_embed.proj.weight"].shape[-1]) | read_json(weights)
@@ -524,11 +524,11 @@ def locate(source: str, file: str, hub: Mapping[str, Any]) -> Path:
                 torch.hub.download_url_to_file(url, str(path), sha256)
         elif source.count("/") == 1 and not path.exists() and path.suffix not in (".safetensors", ".pth"):
             path = Path(huggingface_hub.hf_hub_download(source, file, **hub))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise FileNotFoundError(f"could not get {source}: {cause}; give a local path") from error
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; known: {', '.join(PRETRAINED)}, a path, a repo id")
+        raise FileNotFoundError(f"{path} is not there; give a path, a repo id or {', '.join(PRETRAINED)}")
     return path
 
 
@@ -572,10 +572,11 @@ def images_below(folder: Path, without: Path | None = None) -> list[Path]:
     """The images in a folder and below, sorted; not those that are hidden or below `without`."""
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
-    if without and without.absolute() not in folder.absolute().parents:
-        paths = [path for path in paths if without.absolute() not in path.absolute().parents]
+    if without and not os.path.abspath(folder).startswith(out := os.path.join(os.path.abspath(without), "")):
+        paths = [path for path in paths if not os.path.abspath(path).startswith(out)]
     if not paths:
-        raise FileNotFoundError(f"no image below {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+        place = f"{folder} and outside {without}" if without else folder
+        raise FileNotFoundError(f"no image below {place}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return paths
 
 
@@ -738,7 +739,7 @@ class VisualAD(VisualADNet):
         cfg = self.backbone.cfg
         if unknown := hub.keys() - {"token", "cache_dir", "revision", "local_files_only", "force_download"}:
             raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
-        if any(key.startswith("backbone.") for key in state):
+        if "backbone.cls_token" in state:
             weights = state
         elif weights is None:
             source = "tiny" if cfg == BACKBONES["tiny"] else cfg.repo
@@ -749,10 +750,9 @@ class VisualAD(VisualADNet):
             if getattr(cfg, name) not in (told, "swiglu"):
                 here = f"{name} is {told}, here {getattr(cfg, name)}"
                 raise ValueError(f"by the files beside {weights} {here}: use Backbone.from_weights")
-        frozen = {f"backbone.{key}": x for key, x in backbone_state(weights).items()}
-        state = {key: x for key, x in state.items() if not key.startswith("backbone.")} | frozen
+        state = {**state, **{f"backbone.{key}": x for key, x in backbone_state(weights).items()}}
         if norm == "backbone":
-            state |= {name: frozen[f"backbone.{name}"].clone() for name in ("norm.weight", "norm.bias")}
+            state |= {name: state[f"backbone.{name}"].clone() for name in ("norm.weight", "norm.bias")}
         try:
             self.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -764,9 +764,9 @@ class VisualAD(VisualADNet):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
 
     def save_pretrained(self, folder: str | os.PathLike, *, repo_id: str = "", notes: str = "") -> None:
-        """Writes model.safetensors, complete in itself by its header, and README.md, a card with `notes`, if
-        there is none. The backbone goes in if it is hosted nowhere or was tuned, that is, has parameters
-        that require gradients."""
+        """Writes model.safetensors, complete in itself, config.json, a copy of what stands in its header, and
+        README.md, a card with `notes`, if there is none. The backbone goes in if it is hosted nowhere or
+        was tuned, that is, has parameters that require gradients."""
         from huggingface_hub import ModelCardData
         from safetensors.torch import save
 
@@ -775,6 +775,7 @@ class VisualAD(VisualADNet):
         names = ("layers", "anchors", "image_size", "sigma", "threshold")
         config = {name: getattr(self, name) for name in names}
         config["backbone"] = asdict(cfg if hosted else replace(cfg, repo=None))
+        config = json.dumps(config, indent=2)
         if not (folder / "README.md").exists():
             data = ModelCardData(license="mit", pipeline_tag="image-segmentation", library_name="visualad")
             data.base_model, data.tags = cfg.repo, ["anomaly-detection"]
@@ -782,10 +783,10 @@ class VisualAD(VisualADNet):
             text += "Zero-shot anomaly detection (arXiv:2603.07952). Score, map and verdict of an image:\n"
             text += f'`VisualAD.from_pretrained("{repo_id or folder}").predict("photo.jpg")`\n\n{notes}\n'
             write_atomic(folder / "README.md", text.encode())
+        write_atomic(folder / "config.json", config.encode())  # by which Hugging Face counts downloads
         state = self.learned() if hosted else self.state_dict()
         state = {key: value.contiguous() for key, value in state.items()}
-        header = {"format": "pt", "config": json.dumps(config)}
-        write_atomic(folder / "model.safetensors", save(state, header))
+        write_atomic(folder / "model.safetensors", save(state, {"format": "pt", "config": config}))
 
     def push_to_hub(self, repo_id: str, *, notes: str = "", private: bool = False, **upload: Any) -> str:
         """Uploads what `save_pretrained` writes and returns the commit's address. upload: a token, arguments
@@ -811,7 +812,7 @@ class VisualAD(VisualADNet):
         sigma: of the smoothing, in pixels of that input; None: the model's. The score is taken there, the map
             then resized. Raises ValueError for what is no image, FileNotFoundError.
         """
-        size, sigma = self.input_size(size), self.sigma if sigma is None else sigma
+        size = self.input_size(size)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
@@ -848,6 +849,8 @@ class VisualAD(VisualADNet):
         decide with the same. Raises ValueError."""
         import numpy as np
 
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile must lie in (0, 1], got {quantile}")
         scores = [prediction.score for prediction in self.predict_iter(normal_images, **options)]
         if not scores:
             raise ValueError("calibrate needs at least one normal image")
@@ -857,9 +860,12 @@ class VisualAD(VisualADNet):
 
 
 # --- 9. command line -------------------------------------------------------------------------------------
-def find_device() -> str:
-    """The accelerator of this machine, such as "cuda" or "mps", else "cpu"."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+def find_device(name: str = "") -> str:
+    """The device of that name, or the best there is. Raises ArgumentTypeError where it is not there."""
+    best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if name and name.partition(":")[0] not in ("cpu", best):
+        raise argparse.ArgumentTypeError(f"{name} is not there, the best is {best}")
+    return name or best
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -870,7 +876,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
     add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
     add("--sigma", type=float, help="of the smoothing, in pixels of the input; default: the model's")
-    add("--device", default=find_device(), help="(%(default)s)")
+    add("--device", type=find_device, default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the backbone")
     add("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
 
@@ -879,8 +885,10 @@ def load_model(args: argparse.Namespace) -> tuple[VisualAD, dict[str, Any]]:
     """The model that the flags name, and size, sigma and batch_size for its `predict`. Raises ValueError."""
     options = dict(backbone_weights=args.backbone_weights, final_norm=args.final_norm, device=args.device)
     model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
-    size = model.input_size([int(side) for side in (args.size.split("x") * 2)[:2]] if args.size else None)
+    size = model.input_size([int(side) for side in (args.size.split("x", 1) * 2)[:2]] if args.size else None)
     sigma = model.sigma if args.sigma is None else args.sigma
+    if args.size or args.sigma is not None:
+        model.threshold = None  # which is for the model's own
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     return model, dict(size=size, sigma=sigma, batch_size=args.batch_size)
@@ -919,8 +927,8 @@ def run(args: argparse.Namespace) -> int:
     finally:  # also when interrupted: what was found is not lost
         if args.json:
             settings = options | dict(threshold=model.threshold)
-            errors.sort(key=lambda error: error["path"])
-            report = dict(model=args.model, settings=settings, images=images, errors=errors)
+            failed = sorted(errors, key=lambda error: error["path"])
+            report = dict(model=args.model, settings=settings, images=images, errors=failed)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
     told = "no threshold" if model.threshold is None else f"{sum(x['anomalous'] for x in images)} anomalous"
     print(f"{len(images)} images, {told}, {len(errors)} unreadable; heatmaps in {args.out}")

@@ -10,6 +10,7 @@ import pytest
 from conftest import CLIP, OFFICIAL, ROOT, picture, python, write
 from PIL import Image
 
+import visualad
 from visualad import VisualAD, main, overlay
 
 
@@ -65,8 +66,13 @@ def test_images_below_out_are_not_read(images):
         found = report(".", "--calibrate", ".")
         limits.append(found["settings"]["threshold"])
         assert len(found["images"]) == 4
+        (images / "heatmaps" / "broken.png").write_bytes(b"")
     assert limits[0] == limits[1]
     assert len(report("in", "--out", ".")["images"]) == 4  # nor hidden, where --out lies around them
+    for _ in range(2):
+        assert len(report("out/../in", "--out", "in/maps")["images"]) == 4
+    with pytest.raises(FileNotFoundError, match="no image below .*in and outside .*in;"):
+        visualad.images_below(images / "in", images / "in")
 
 
 def test_what_was_found_before_an_interrupt_is_in_the_json(images, monkeypatch):
@@ -93,10 +99,8 @@ def test_thresholds_come_from_the_command_line_or_from_normal_images(images, cap
     found = report("in", "--threshold", "-5e-05")  # no flag
     assert column(found, "anomalous") == [score > -5e-05 for score in column(found, "score")]
     assert found["settings"]["threshold"] == -5e-05
-    model = VisualAD.from_pretrained("tiny")
-    model.threshold = None
-    model.save_pretrained("free")
-    assert verdicts("--model", "free") == [None] * 4
+    for other in (["--size", "80"], ["--sigma", "2"]):  # the model's own is for its own
+        assert verdicts(*other) == [None] * 4 and verdicts(*other, "--threshold", "9") == [False] * 4
     assert "4 images, no threshold, 0 unreadable" in capsys.readouterr().out
     found = report("in", "--calibrate", "in", "--size", "80x96", "--sigma", "2")
     assert column(found, "anomalous") == [False] * 4
@@ -142,7 +146,10 @@ def test_errors_are_one_line_and_a_status(images, capsys, arguments, status, mes
     assert message in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
 
 
-def test_the_script_runs_without_docstrings(images):
+def test_a_device_that_is_not_there_is_named_and_the_script_runs_without_docstrings(images, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["in/a.png", "--device", "gpu"])
+    assert "--device: gpu is not there, the best is" in capsys.readouterr().err
     assert "in/a.png" in python("-OO", ROOT / "visualad.py", "in/a.png", folder=images)
 
 

@@ -120,7 +120,7 @@ def test_push_to_hub_uploads_what_loads_back_bit_for_bit(server, tmp_path):
     assert address.startswith(f"{server.url}/user/new/commit/") and server.messages == ["The first"]
     assert {asked.token for asked in server.asked} == {"Bearer secret"}
     assert b"private" in next(asked.body for asked in server.asked if asked.path == "/api/repos/create")
-    assert sorted(server.files) == [there + x for x in ("README.md", "model.safetensors")]
+    assert sorted(server.files) == [there + x for x in ("README.md", "config.json", "model.safetensors")]
     card = server.files[f"{there}README.md"].decode()
     assert 'VisualAD.from_pretrained("user/new")' in card and "Made of {tin}." in card
     assert same(load("user/new"), model) and load("user/new").threshold == model.threshold
