@@ -731,7 +731,7 @@ class VisualAD(VisualADNet):
         model.fill(state, backbone_weights, norm, hub).sigma = config["sigma"]
         model.threshold = config["threshold"] if norm == config["final_norm"] else None
         model.backbone.to(dtype=dtype)
-        return model.to(device or torch.get_default_device()).eval()
+        return model.to(torch.get_default_device() if device is None else device).eval()
 
     def fill(self, state: Mapping, weights: Weights | None, norm: str, hub: Mapping) -> VisualAD:
         """Loads what was learned from `state`, the backbone from there, its weights or where it is hosted.
@@ -765,8 +765,8 @@ class VisualAD(VisualADNet):
 
     def save_pretrained(self, folder: str | os.PathLike, *, repo_id: str = "", notes: str = "") -> None:
         """Writes model.safetensors, complete in itself, config.json, a copy of what stands in its header, and
-        README.md, a card with `notes`, if there is none. The backbone goes in if it is hosted nowhere or
-        was tuned, that is, has parameters that require gradients."""
+        README.md, a card, if there are `notes` for it or there is none. The backbone goes in if it is hosted
+        nowhere or was tuned, that is, has parameters that require gradients."""
         from huggingface_hub import ModelCardData
         from safetensors.torch import save
 
@@ -776,7 +776,7 @@ class VisualAD(VisualADNet):
         config = {name: getattr(self, name) for name in names}
         config["backbone"] = asdict(cfg if hosted else replace(cfg, repo=None))
         config = json.dumps(config, indent=2)
-        if not (folder / "README.md").exists():
+        if notes or not (folder / "README.md").exists():
             data = ModelCardData(license="mit", pipeline_tag="image-segmentation", library_name="visualad")
             data.base_model, data.tags = cfg.repo, ["anomaly-detection"]
             text = f"---\n{data}\n---\n# VisualAD on {cfg.repo or 'its own backbone'}\n\n"
@@ -874,7 +874,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help=f"{', '.join(PRETRAINED)}, a Hugging Face repo, a folder or a file")
     add("--backbone-weights", metavar="PATH", help="of the frozen backbone, for offline use")
     add("--final-norm", choices=("backbone", "checkpoint"), help="default: as the file's numbers were made")
-    add("--size", metavar="N|HxW", help="network input, a side or both; default: the model's")
+    add("--size", metavar="N|HxW", help="network input, multiples of the patch; default: the model's")
     add("--sigma", type=float, help="of the smoothing, in pixels of the input; default: the model's")
     add("--device", type=find_device, default=find_device(), help="(%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the backbone")
@@ -930,7 +930,8 @@ def run(args: argparse.Namespace) -> int:
             failed = sorted(errors, key=lambda error: error["path"])
             report = dict(model=args.model, settings=settings, images=images, errors=failed)
             write_atomic(args.json, json.dumps(report, indent=2).encode())
-    told = "no threshold" if model.threshold is None else f"{sum(x['anomalous'] for x in images)} anomalous"
+    limit, flagged = model.threshold, sum(bool(image["anomalous"]) for image in images)
+    told = "no threshold" if limit is None else f"{flagged} anomalous (above {limit:.4f})"
     print(f"{len(images)} images, {told}, {len(errors)} unreadable; heatmaps in {args.out}")
     return 1 if errors else 0
 
@@ -941,7 +942,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(usage=usage, description="Finds anomalies in images of anything.")
     parser._negative_number_matcher = re.compile(r"-[\d.]")  # or -5e-05 would be taken for a flag
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="a folder: all in it and below")
     model_flags(parser)
     add("--out", type=Path, default=Path("heatmaps"), metavar="FOLDER", help="for heatmaps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results here too")

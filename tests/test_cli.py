@@ -39,7 +39,7 @@ def test_a_folder_gives_a_table_heatmaps_and_json_also_where_an_image_is_broken(
     found, printed = report("in", "--batch-size", "3", status=1), capsys.readouterr()
     assert found["model"] == "tiny" and found["settings"]["size"] == [224, 224]
     assert [error["path"] for error in found["errors"]] == ["in/broken.png", "in/lost.png"]
-    assert "broken.png" in printed.err and "4 images, 2 anomalous, 2 unreadable" in printed.out
+    assert "broken.png" in printed.err and "4 images, 2 anomalous (above 0.1424), 2 unreadable" in printed.out
     assert column(found, "path") == ["in/a.jpg", "in/a.png", "in/big.bmp", "in/sub/a.png"]
     maps = [f"heatmaps/{name}.png" for name in ("a.jpg", "a.png", "big.bmp", "sub/a.png")]
     assert column(found, "heatmap") == maps and all(os.path.isfile(path) for path in maps)

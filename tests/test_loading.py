@@ -229,13 +229,15 @@ def test_the_lone_file_is_complete_and_config_json_a_copy(model, tmp_path):
         VisualAD.from_pretrained(file)
 
 
-def test_a_full_disk_loses_nothing_and_the_card_is_kept_once_edited(model, tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing_and_the_card_is_kept_without_new_notes(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path, notes="Trained on {braces}.")
     card = (tmp_path / "README.md").read_text()
     assert f'VisualAD.from_pretrained("{tmp_path}")' in card and "Trained on {braces}." in card
     assert "license: mit" in card and "pipeline_tag: image-segmentation" in card
-    (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path, notes="Other.")
+    assert (tmp_path / "README.md").read_text() == card.replace("Trained on {braces}.", "Other.")
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert before[tmp_path / "README.md"] == b"mine"
     model.tokens.data += 1
