@@ -1,7 +1,4 @@
-"""One ViT for all families, against transformers' models and every family's names.
-
-pytest tests/test_backbones.py
-"""
+"""One ViT for all families, against transformers and every family's names: pytest tests/test_backbones.py"""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_plain_images_stay_plain(images):
     (["nowhere.png"], 1, "nowhere.png"), (["in/a.png", "--calibrate", "nowhere"], 2, "image below nowhere"),
     (["in/a.png", "--model", "in/broken.png"], 2, "in/broken.png cannot be read as weights"),
     (["in/a.png", "--model", "nothing"], 2, "nothing"), (["in/a.png", "--size", "81"], 2, "near: 80, 88"),
-    (["in/a.png", "--size", "80,80"], 2, "80,80"), (["in/a.png", "--sigma", "-1"], 2, "sigma"),
+    (["in/a.png", "--size", "80x96x8"], 2, "96x8"), (["in/a.png", "--sigma", "-1"], 2, "sigma"),
     (["in/a.png", "--batch-size", "0"], 2, "batch-size"), (["in/a.png", "--out", "in/a.png"], 2, "in/a.png"),
     (["in/a.png", "--json", "in/a.png/r.json"], 2, "in/a.png"),
 ], ids=str)  # fmt: skip

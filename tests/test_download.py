@@ -1,8 +1,6 @@
 """What the network brings and takes: models and backbones from Hugging Face, uploads to it, and the authors'
 checkpoints. The real client code talks to a local server; nothing leaves this machine.
-
-pytest tests/test_download.py
-"""
+pytest tests/test_download.py"""
 
 from __future__ import annotations
 

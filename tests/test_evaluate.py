@@ -199,6 +199,9 @@ def test_a_report_of_other_settings_or_none_is_refused_and_kept(data, whole, tmp
     told = capsys.readouterr().err
     name = f"made with another {other[0].strip('-')}" if other else "Expecting value"
     assert name in told and "Traceback" not in told
+    path.write_text('{"other": 1}')
+    assert run(data, "--json", path, "--resume") == run(data, "--heatmaps", data / "maps") == 2
+    assert "made with another" in (told := capsys.readouterr().err) and "must lie outside --data" in told
 
 
 def test_a_report_is_written_whole_or_not_at_all(data, tmp_path, monkeypatch, capsys):

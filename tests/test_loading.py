@@ -148,7 +148,7 @@ def test_what_does_not_fit_together_is_an_error_that_names_it(tmp_path, change, 
 
 
 def test_what_is_no_model_is_explained(tmp_path):
-    torch.save(load_file(CLIP), tmp_path / "clip.pth")
+    torch.save(load_file(CLIP) | {"config": {"lr": 0.1}}, tmp_path / "clip.pth")
     for path in (CLIP, tmp_path / "clip.pth"):
         with pytest.raises(ValueError, match="is no VisualAD model; .*backbone_weights"):
             VisualAD.from_pretrained(path, backbone_weights=CLIP)
@@ -157,6 +157,8 @@ def test_what_is_no_model_is_explained(tmp_path):
     for source in ("no-such-model", "no/such/model/here", "gone.safetensors", "a/gone.pth"):
         with pytest.raises(FileNotFoundError, match=f"{source}.*clip-vit-l14-336-visa"):
             VisualAD.from_pretrained(source)
+    with pytest.raises(FileNotFoundError, match="could not get ~/x: .*; give a local path"):
+        VisualAD.from_pretrained("~/x")
     with pytest.raises(ValueError, match="final_norm"):
         VisualAD.from_pretrained("tiny", final_norm="both")
 

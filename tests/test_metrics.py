@@ -271,6 +271,7 @@ def test_the_published_variant_worked_out_by_hand_and_on_other_extremes():
     assert published.pop("aupro") and published == exact  # no other number moves
     parts = natural(8, 40, 0.05, 2)
     far = np.array([[[-7.9, 6.3, 0.4]]]), np.zeros((1, 1, 3), bool)  # two pixels that move all the thresholds
+    assert histogram([(np.full((1, 2, 2), 3, np.uint8), far[1][:, :, :2].repeat(2, 1))]).extremes[0] == -3
     scores = [published_pro(*flat(p)) for p in (parts, [*parts, far])]
     assert abs(scores[0] - scores[1]) > 0.01
     for p, want in zip((parts, [*parts, far]), scores, strict=True):
