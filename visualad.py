@@ -887,8 +887,8 @@ def load_model(args: argparse.Namespace) -> tuple[VisualAD, dict[str, Any]]:
     model = VisualAD.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
     size = model.input_size([int(side) for side in (args.size.split("x", 1) * 2)[:2]] if args.size else None)
     sigma = model.sigma if args.sigma is None else args.sigma
-    if args.size or args.sigma is not None:
-        model.threshold = None  # which is for the model's own
+    if (size, sigma) != (model.input_size(None), model.sigma):
+        model.threshold = None  # which does not hold for these
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     return model, dict(size=size, sigma=sigma, batch_size=args.batch_size)

@@ -99,7 +99,8 @@ def test_thresholds_come_from_the_command_line_or_from_normal_images(images, cap
     found = report("in", "--threshold", "-5e-05")  # no flag
     assert column(found, "anomalous") == [score > -5e-05 for score in column(found, "score")]
     assert found["settings"]["threshold"] == -5e-05
-    for other in (["--size", "80"], ["--sigma", "2"]):  # the model's own is for its own
+    assert None not in verdicts("--size", "224", "--sigma", "1.7")
+    for other in (["--size", "80"], ["--sigma", "2"]):  # the model's threshold is for its own
         assert verdicts(*other) == [None] * 4 and verdicts(*other, "--threshold", "9") == [False] * 4
     assert "4 images, no threshold, 0 unreadable" in capsys.readouterr().out
     found = report("in", "--calibrate", "in", "--size", "80x96", "--sigma", "2")
