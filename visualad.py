@@ -410,7 +410,7 @@ def read_tensors(weights: Weights) -> tuple[dict[str, Tensor], Mapping[str, Any]
     from safetensors import safe_open
 
     if isinstance(weights, Mapping):
-        return flatten(weights), weights
+        return flatten(weights), {}
     names = "model.safetensors model.safetensors.index.json open_clip_model.safetensors pytorch_model.bin"
     path = next((file for name in names.split() if (file := Path(weights, name)).is_file()), Path(weights))
     try:
